@@ -1,0 +1,126 @@
+"""The lock file: exactly which Debian packages an OS is built from.
+
+`configs/locks/<profile>-<arch>.json` pins version and SHA-256 of every package, so the same
+checkout gives the same bytes on another machine and another day, as long as a mirror has them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hostos.build import profile as profiles
+from hostos.build.debian_archive import Archive, Gone, Package
+from hostos.build.profile import Profile
+from hostos.errors import UserError
+from hostos.steps import Step, Steps
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Lock:
+    """`requested`: what was asked for; `root`: those packages and their dependencies; `kernel`: the
+    package with the kernel source."""
+
+    suite: str
+    requested: tuple[str, ...]
+    root: tuple[Package, ...]
+    kernel: Package
+
+    def to_json(self) -> str:
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class Locked:
+    """A lock with its packages on this machine, `files` in the order of `lock.root`."""
+
+    lock: Lock
+    files: tuple[Path, ...]
+    kernel_source: Path
+
+
+def lock_file(profile: Profile) -> Path:
+    return profiles.CONFIGS / "locks" / f"{profile.target}.json"
+
+
+def requested_packages(profile: Profile) -> tuple[str, ...]:
+    return tuple(sorted({name for feature in profile.features for name in feature.debian.packages}))
+
+
+def read(path: Path) -> Lock:
+    """Raises `UserError` when the file is not a lock of this schema."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("schema") != SCHEMA:
+            raise ValueError("another schema")
+        return Lock(
+            suite=values["suite"],
+            requested=tuple(values["requested"]),
+            root=tuple(Package(**each) for each in values["root"]),
+            kernel=Package(**values["kernel"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no lock file of this hostos: {error}", "renew it: invoke build --update") from None
+
+
+def obtain(profile: Profile, steps: Steps, *, update: bool = False, locked: bool = False) -> Locked:
+    """The profile's packages: as locked where possible, resolved anew where not.
+
+    With `update` the lock is renewed. With `locked` it must be there, fit the profile and be
+    obtainable: anything else is a `UserError`. Without either, a lock that no longer fits, or whose
+    packages the mirror has dropped, is renewed with a warning.
+    """
+    path = lock_file(profile)
+    archive = Archive(profile.debian["suite"], profile.arch)
+    with steps.step("packages") as step:
+        if path.exists() and not update:
+            lock = read(path)
+            if (problem := _misfit(lock, profile)) is None:
+                try:
+                    return _fetch(lock, archive, step)
+                except Gone as error:
+                    problem = error.message
+            if locked:
+                raise UserError(f"{path} cannot be used: {problem}", "renew it: invoke build --update")
+            steps.warning(f"{path.name}: {problem}; using the newest packages instead")
+        elif locked:
+            raise UserError(f"there is no lock file {path}", "make one: invoke build --update")
+        archive.update(step)
+        kernel_name = profile.debian["kernel_source"]
+        kernel = next(each for each in archive.resolve([kernel_name]) if each.name == kernel_name)
+        requested = requested_packages(profile)
+        lock = Lock(archive.suite, requested, tuple(archive.resolve(requested)), kernel)
+        obtained = _fetch(lock, archive, step)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(lock.to_json(), encoding="utf-8")
+        steps.note(f"locked {len(lock.root) + 1} packages in {path}")
+        return obtained
+
+
+def _misfit(lock: Lock, profile: Profile) -> str | None:
+    if lock.suite != profile.debian["suite"]:
+        return f"locked for {lock.suite}, the profile wants {profile.debian['suite']}"
+    if lock.kernel.name != profile.debian["kernel_source"]:
+        return f"locked with {lock.kernel.name}, the profile wants {profile.debian['kernel_source']}"
+    if lock.requested != requested_packages(profile):
+        changed = sorted(set(lock.requested) ^ set(requested_packages(profile)))
+        return f"the features' packages have changed ({', '.join(changed)})"
+    return None
+
+
+def _fetch(lock: Lock, archive: Archive, step: Step) -> Locked:
+    *files, kernel = archive.fetch([*lock.root, lock.kernel], step)
+    step.detail = f"{len(files) + 1} packages, {lock.suite}"
+    return Locked(lock, tuple(files), kernel)
+
+
+def provides(lock: Lock, names: Sequence[str]) -> list[Package]:
+    """The locked packages of these names. Raises `UserError` naming one that is missing."""
+    by_name = {package.name: package for package in lock.root}
+    if missing := [name for name in names if name not in by_name]:
+        raise UserError(f"the lock has no package {', '.join(missing)}", "renew it: invoke build --update")
+    return [by_name[name] for name in names]

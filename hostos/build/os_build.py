@@ -1,0 +1,166 @@
+"""One build, start to end: profile -> engine -> finished tree -> `dist/<profile>-<arch>/`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hostos import __version__, cpio
+from hostos.build import cache, initrd, sbom
+from hostos.build import tree as trees
+from hostos.build.engines import Built, Engine
+from hostos.build.kernel import IMAGE
+from hostos.build.profile import Profile
+from hostos.cpio import Entry
+from hostos.errors import UserError
+from hostos.steps import Steps
+
+SCHEMA = 1
+# What a booted guest needs besides its files: kernel, page tables, PID 1, journal, sshd. Measured by
+# booting with less and less (docs/build.md).
+MEMORY_BESIDES_FILES = 72 << 20
+# The launcher's command line gives the root file system this share of the memory.
+ROOT_SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class Os:
+    """A finished build: its directory and its manifest (docs/build.md has the fields)."""
+
+    directory: Path
+    manifest: Mapping[str, Any]
+
+
+def build(profile: Profile, engine: Engine, steps: Steps, dist: Path) -> Os:
+    """Build `profile` into `dist/<profile>-<arch>/`, replacing what is there only at the very end.
+
+    Raises `UserError` for anything foreseeable; `dist` is then as it was.
+    """
+    _check_writable(dist)
+    built = engine.build(profile, steps)
+    with steps.step("initrd") as step:
+        tree = initrd.complete(built.tree, _client(built, profile), profile)
+        key = cache.digest({"tree": _tree_digest(tree), "code": cache.code_digest(initrd, trees, cpio)})
+        packed = cache.find("initrd", key)
+        if packed is not None:
+            step.detail = "cached"
+        else:
+            step.progress("packing")
+            with cache.create("initrd", key) as result:
+                archive = result / "initrd.cpio"
+                unpacked = initrd.pack(tree, archive)
+                step.progress("compressing")
+                initrd.compress(archive, result)
+                archive.unlink()
+                (result / "unpacked").write_text(str(unpacked))
+            packed = cache.find("initrd", key)
+            assert packed is not None
+    with steps.step("dist") as step:
+        result_os = _write_dist(profile, engine.name, built, packed, dist)
+        step.detail = _sizes(result_os.manifest)
+    return result_os
+
+
+def _client(built: Built, profile: Profile) -> list[Entry]:
+    if built.compile_python is None or not any(feature.name == "live" for feature in profile.features):
+        return []
+    client = trees.Tree()
+    for entry in initrd.live_client():
+        client.add(entry)
+    built.compile_python(client)
+    return list(client.entries.values())
+
+
+def _write_dist(profile: Profile, engine: str, built: Built, packed: Path, dist: Path) -> Os:
+    dist.mkdir(parents=True, exist_ok=True)
+    target = dist / profile.target
+    partial = dist / f".{profile.target}.{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        image = IMAGE[profile.arch]
+        sources = {
+            image: built.image,
+            "vmlinux": built.vmlinux,
+            "initrd.gz": packed / "initrd.gz",
+            "initrd.lz4": packed / "initrd.lz4",
+        }
+        files = {}
+        for name, source in sources.items():
+            shutil.copyfile(source, partial / name)
+            files[name] = {"size": source.stat().st_size, "sha256": cache.file_digest(source)}
+        (partial / "config").mkdir()
+        for name, text in built.configs.items():
+            (partial / "config" / name).write_text(text)
+        unpacked = int((packed / "unpacked").read_text())
+        manifest = {
+            "schema": SCHEMA,
+            "kind": "hostos-os",
+            "hostos": __version__,
+            "profile": profile.name,
+            "arch": profile.arch,
+            "engine": engine,
+            "kernel_version": built.kernel_version,
+            "cmdline": profile.cmdline,
+            # What the guest says on its port "hostos.agent" (overlay/usr/lib/hostos/dhcp-lease, identity).
+            "announces": ["network", "identity"],
+            # What of the machine's devices it mounts (overlay/usr/lib/hostos/devices).
+            "mounts": ["disk", "9p"],
+            "files": files,
+            "unpacked": unpacked,
+            "min_memory_mib": min_memory_mib(unpacked),
+            "features": [feature.name for feature in profile.features],
+            "packages": {each.name: each.version for each in built.components},
+            "provenance": built.provenance,
+        }
+        (partial / "sbom.cdx.json").write_text(sbom.cyclonedx(profile, built))
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        _replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Os(target, manifest)
+
+
+def min_memory_mib(unpacked: int) -> int:
+    """The least memory the OS boots in, in MiB, rounded up to 16: its files take `unpacked` bytes of
+    it and may take no more than the root file system's share."""
+    needed = max(unpacked / ROOT_SHARE, unpacked + MEMORY_BESIDES_FILES)
+    return -(-int(needed) // (16 << 20)) * 16
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Put `partial` where `target` is. A machine that runs from `target` keeps its open files."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _tree_digest(tree: trees.Tree) -> str:
+    return cache.digest({"entries": [_entry_digest(entry) for entry in tree.sorted()]})
+
+
+def _entry_digest(entry: Entry) -> list[str]:
+    return [os.fsdecode(entry.name), oct(entry.mode), str(entry.rdev), hashlib.sha256(entry.data).hexdigest()]
+
+
+def _check_writable(dist: Path) -> None:
+    nearest = dist
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"{nearest} is not writable", "choose another place: invoke build --dist <directory>")
+
+
+def _sizes(manifest: Mapping[str, Any]) -> str:
+    files = manifest["files"]
+    image = IMAGE[manifest["arch"]]
+    return ", ".join(f"{name} {files[name]['size'] / 1e6:.1f} MB" for name in (image, "initrd.gz"))
