@@ -1,0 +1,1 @@
+"""An OS build becomes a running virtual machine (docs/machine.md)."""
