@@ -1,0 +1,1 @@
+"""Live boot: an image hash becomes a mounted tree. Runs in the guest and natively."""

@@ -1,0 +1,215 @@
+"""From an image's hash to its verified manifest and layers.
+
+The metadata comes from the cache, from a bundle somebody handed over, or from peers; in each case
+it is proved against the hash before anything of it is used.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import libtorrent as lt
+import trio
+
+from hostos.errors import UserError, failure
+from hostos.live.blocks import Blocks
+from hostos.live.cid import looks_like_cid
+from hostos.live.ipfs_image import IpfsImage
+from hostos.live.ipfs_image import load as load_ipfs
+from hostos.live.ledger import Endpoint
+from hostos.live.session import Swarm
+from hostos.live.source import SourceError
+from hostos.live.torrent_source import TorrentSource, from_metadata
+from hostos.live.torrents import (
+    IMAGE_NAME,
+    MANIFEST_FILE,
+    MAX_IMAGE_SIZE,
+    TRACE_FILE,
+    ImageBundle,
+    layer_path,
+    magnet,
+    verify_bundle,
+    verify_files,
+)
+
+RESOLVE_LIMIT = 10.0
+"""Seconds for looking up a peer's name."""
+
+
+async def resolve(peers: Iterable[str]) -> list[Endpoint]:
+    """Addresses of `HOST:PORT` peers (as `parse_peer` writes them), in order, without repetition.
+
+    A name that can't be resolved is left out. Nobody is contacted but the system's resolver.
+    """
+    found: dict[Endpoint, None] = {}
+    for peer in peers:
+        host, _, port = peer.rpartition(":")
+        with trio.move_on_after(RESOLVE_LIMIT):
+            try:
+                answers = await trio.socket.getaddrinfo(host.strip("[]"), int(port), type=trio.socket.SOCK_STREAM)
+            except OSError:
+                continue
+            for *_, address in answers[:4]:
+                found[(str(address[0]), int(address[1]))] = None
+    return list(found)
+
+
+class Images:
+    """Verified image metadata, kept in `directory` by hash (each use proves it again)."""
+
+    def __init__(self, swarm: Swarm, nursery: trio.Nursery, directory: Path, blocks: Blocks) -> None:
+        self._swarm, self._nursery, self._directory, self._blocks = swarm, nursery, directory, blocks
+
+    async def load(
+        self,
+        image: str,
+        peers: Iterable[str] = (),
+        *,
+        bundle: Mapping[str, Any] | None = None,
+        deadline: float = 30.0,
+    ) -> ImageBundle | IpfsImage:
+        """The image with this hash (64 hex digits) or CID; `peers` are then addresses of gateways.
+
+        `deadline`: seconds for fetching it from `peers`. Raises UserError: no such image there,
+        nobody answered (the message names who was asked), or what came is not an image.
+        """
+        if looks_like_cid(image):
+            return await load_ipfs(self._blocks, image, peers, deadline)
+        if bundle is not None:
+            found = verify_bundle(bundle, image=image)
+            await trio.to_thread.run_sync(self._keep, found)
+            return found
+        kept: ImageBundle | None = await trio.to_thread.run_sync(self._kept, image)
+        if kept:
+            return kept
+        found = await self._fetch(image, tuple(peers), deadline)
+        await trio.to_thread.run_sync(self._keep, found)
+        return found
+
+    def _kept(self, image: str) -> ImageBundle | None:
+        """From the cache; a damaged entry is removed."""
+        place = self._directory / image
+        if not place.is_dir():
+            return None
+        try:
+            paths = [path for path in place.rglob("*") if path.is_file()]
+            return verify_files(image, {path.relative_to(place).as_posix(): path.read_bytes() for path in paths})
+        except (UserError, OSError):
+            shutil.rmtree(place, ignore_errors=True)
+            return None
+
+    def _keep(self, bundle: ImageBundle) -> None:
+        place = self._directory / bundle.image
+        if place.is_dir():
+            return
+        # Written beside and moved, so that an interrupted write is never taken for an entry.
+        new = self._directory / f".{bundle.image}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        for path, data in bundle.files.items():
+            target = new / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        new.rename(place)
+
+    # --- from peers -------------------------------------------------------------------------------
+
+    async def _fetch(self, image: str, peers: tuple[str, ...], deadline: float) -> ImageBundle:
+        asked = ", ".join(peers) or "no peer was named"
+        if not peers:
+            raise UserError(
+                f"image {image[:16]}… is not here and no peer is known that could have it",
+                "name one: --peer HOST:PORT",
+            )
+        endpoints = await resolve(peers)
+        if not endpoints:
+            raise failure(f"none of the peers' names could be resolved: {asked}")
+        began = time.monotonic()
+        info = None
+        with trio.move_on_after(deadline):
+            info = await self._metadata(image, endpoints)
+        if info is None:
+            raise failure(
+                f"nobody had image {image[:16]}… within {deadline:g} s; asked: {asked}",
+                "is it seeded there (hostos seed status)? Name another peer with --peer HOST:PORT",
+            )
+        paths = check_metadata(info)
+        place = self._directory / f".{image}.fetch"
+        left = max(1.0, deadline - (time.monotonic() - began))
+        source = TorrentSource(self._swarm, from_metadata(info), place, endpoints, deadline=left, keep=True)
+        try:
+            source.start(self._nursery)
+            # File by file: each begins a new piece, and the one before is not padded.
+            content = {path: await source.read(start, size) for path, (start, size) in paths.items()}
+        except SourceError as error:
+            raise failure(f"image {image[:16]}…: {error.strerror}", "name another --peer HOST:PORT") from None
+        finally:
+            with trio.CancelScope(shield=True):
+                await source.close()
+            shutil.rmtree(place, ignore_errors=True)
+        return verify_files(image, content)
+
+    async def _metadata(self, image: str, endpoints: list[Endpoint]) -> Any:
+        """The torrent's info dictionary, from peers; libtorrent checks it against the hash."""
+        wait = _Metadata()
+        self._swarm.join(wait)
+        try:
+            while True:
+                parameters = lt.parse_magnet_uri(magnet(image))
+                parameters.save_path = str(self._directory)
+                parameters.peers = endpoints
+                parameters.flags &= ~(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)
+                # Nothing of it is fetched before it is known to be an image.
+                parameters.flags |= lt.torrent_flags.default_dont_download
+                parameters.flags |= lt.torrent_flags.no_verify_files
+                wait.handle = self._swarm.session.add_torrent(parameters)
+                try:
+                    # Added anew now and then: an unreachable peer is otherwise tried too seldom.
+                    with trio.move_on_after(2.0):
+                        await wait.arrived.wait()
+                        return wait.handle.torrent_file()
+                finally:
+                    handle, wait.handle = wait.handle, None
+                    self._swarm.session.remove_torrent(handle)
+        finally:
+            self._swarm.leave(wait)
+
+
+class _Metadata:
+    """Waits for the metadata of a magnet link."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+        self.arrived = trio.Event()
+
+    def on_alert(self, alert: Any) -> None:
+        if isinstance(alert, lt.metadata_received_alert):
+            self.arrived.set()
+
+    def tick(self) -> bool:
+        return True
+
+
+def check_metadata(info: Any) -> dict[str, tuple[int, int]]:
+    """The files of an image's torrent: path -> (offset, size) in its content.
+
+    Raises UserError, saying what the torrent is, if it cannot be an image's.
+    """
+    files = info.files()
+    found: dict[str, tuple[int, int]] = {}
+    for index in range(files.num_files()):
+        if files.file_flags(index) & lt.file_storage.flag_pad_file:
+            continue
+        path = files.file_path(index).removeprefix(f"{info.name()}/")
+        found[path] = (files.file_offset(index), files.file_size(index))
+    known = {MANIFEST_FILE, TRACE_FILE} | {layer_path(index) for index in range(len(found))}
+    if info.name() != IMAGE_NAME or MANIFEST_FILE not in found or not found.keys() <= known:
+        what = f"{len(found)} files" if len(found) != 1 else "one file"
+        hint = "give the hash `hostos image publish` printed, not that of a layer"
+        raise UserError(f"that hash is of no image but of a torrent {info.name()[:60]!r} of {what}", hint)
+    if sum(size for _, size in found.values()) > MAX_IMAGE_SIZE:
+        raise UserError(f"that image's metadata is larger than {MAX_IMAGE_SIZE} bytes: refused")
+    return found

@@ -1,0 +1,139 @@
+"""One libtorrent session per process, and the task that hands its alerts to the torrents.
+
+Nothing here contacts anybody but the peers that were named: no DHT, no local discovery, no port
+mapping, no trackers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import libtorrent as lt
+import trio
+
+from hostos.errors import failure
+from hostos.live.nodelay import NoDelay
+
+ALERTS = (
+    lt.alert.category_t.error_notification
+    | lt.alert.category_t.status_notification
+    | lt.alert.category_t.storage_notification
+    | lt.alert.category_t.piece_progress_notification
+    | lt.alert.category_t.block_progress_notification
+    | lt.alert.category_t.connect_notification
+)
+
+BUSY_TICK = 0.1
+"""Seconds between two looks at the watchdogs while somebody waits for data."""
+IDLE_TICK = 5.0
+
+
+def settings(listen: str) -> dict[str, Any]:
+    """Settings for reading on demand. `listen`: `ADDRESS:PORT`, comma-separated for several."""
+    return {
+        "listen_interfaces": listen,
+        "alert_mask": int(ALERTS),
+        "alert_queue_size": 50000,
+        "user_agent": "hostos",
+        # Privacy: nobody is told that this machine wants or has something.
+        "enable_dht": False,
+        "enable_lsd": False,
+        "enable_upnp": False,
+        "enable_natpmp": False,
+        # TCP only: TCP_NODELAY (hostos.live.nodelay) makes a miss one round trip.
+        "enable_outgoing_utp": False,
+        "enable_incoming_utp": False,
+        # A peer that went away is tried again at once, for ever; all guests behind user-mode
+        # networking share one address; a seed and a "finished" downloader stay connected.
+        "min_reconnect_time": 1,
+        "max_failcount": 1_000_000,
+        "connection_speed": 100,
+        "torrent_connect_boost": 100,
+        "smooth_connects": False,
+        "peer_connect_timeout": 5,
+        "allow_multiple_connections_per_ip": True,
+        "close_redundant_connections": False,
+        # What has been fetched is shared without rationing.
+        "unchoke_slots_limit": -1,
+        # Small machines: a guest of 192 MB runs this.
+        "aio_threads": 2,
+        "hashing_threads": 1,
+        "file_pool_size": 16,
+    }
+
+
+class Torrent(Protocol):
+    """What the session needs of the owner of a torrent."""
+
+    handle: Any
+    """Its libtorrent handle; None while it has none."""
+
+    def on_alert(self, alert: Any) -> None: ...
+
+    def tick(self) -> bool:
+        """Look after stalled reads; true while somebody waits for data."""
+        ...
+
+
+class Swarm:
+    """The session. `run()` must be running for anything to happen."""
+
+    def __init__(self, listen: str) -> None:
+        self.listen = listen
+        self.session: Any = lt.session(cast(Any, settings(listen)))
+        self.nodelay = NoDelay()
+        self.log: Callable[[str], None] = lambda _message: None
+        self._torrents: list[Torrent] = []
+        self._alive, self._wake = os.pipe()
+        for end in (self._alive, self._wake):
+            os.set_blocking(end, False)
+        self.session.set_alert_fd(self._wake)
+
+    def join(self, torrent: Torrent) -> None:
+        self._torrents.append(torrent)
+
+    def leave(self, torrent: Torrent) -> None:
+        if torrent in self._torrents:
+            self._torrents.remove(torrent)
+
+    def wake(self) -> None:
+        """Make the pump look now, e.g. because a read began to wait."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake, b"!")
+
+    async def run(self) -> None:
+        """Hand out alerts until cancelled. Raises UserError if the listening port is taken."""
+        tick = BUSY_TICK
+        self.nodelay.scan()
+        while True:
+            with trio.move_on_after(tick):
+                await trio.lowlevel.wait_readable(self._alive)
+            with contextlib.suppress(BlockingIOError):
+                while os.read(self._alive, 4096):
+                    pass
+            for alert in self.session.pop_alerts():
+                self._dispatch(alert)
+            # Every owner is asked: one that waits must not keep the others from being looked at.
+            waiting = [torrent.tick() for torrent in self._torrents]
+            tick = BUSY_TICK if any(waiting) else IDLE_TICK
+
+    def _dispatch(self, alert: Any) -> None:
+        if isinstance(alert, lt.listen_failed_alert):
+            raise failure(f"cannot listen on {self.listen}: {alert.message()}", "give another port with --listen")
+        if isinstance(alert, lt.peer_connect_alert | lt.listen_succeeded_alert):
+            self.nodelay.scan()
+        if isinstance(alert, lt.torrent_alert):
+            for torrent in self._torrents:
+                if torrent.handle is not None and alert.handle == torrent.handle:
+                    torrent.on_alert(alert)
+                    return
+
+    def close(self) -> None:
+        """End the session; blocks until its threads are gone (they write to our pipe)."""
+        self._torrents.clear()
+        del self.session
+        for end in (self._alive, self._wake):
+            os.close(end)
