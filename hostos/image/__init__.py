@@ -1,0 +1,1 @@
+"""Images on the host: packing, storing, publishing and seeding them."""

@@ -1,0 +1,309 @@
+"""The seed: one libtorrent session that offers what is in the store. `python -m hostos.image.seed`
+
+Run in the background by `hostos.image.seeding`; speaks JSON lines over a Unix socket (one request,
+one answer): `{"op": "status"}`, `{"op": "reload"}`, `{"op": "stop"}`, `{"op": "admit", "host": …,
+"guest": …}`. Announces itself to nobody:
+no DHT, no trackers, no local discovery. That it lives is told by the lock it holds on its state
+directory, which the kernel drops with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import libtorrent
+import psutil
+
+from hostos import __version__
+from hostos.errors import UserError
+from hostos.image.seed_session import Door, listen
+from hostos.image.seeding import SCHEMA, Place
+from hostos.image.store import IMAGE_TORRENT, Store, StoredImage
+from hostos.live.nodelay import NoDelay
+from hostos.live.torrents import parse_layer_torrent
+
+RESCAN = 1.0
+"""Seconds between looks at the store (a publish also says `reload`)."""
+MAX_REQUEST = 4096
+
+
+@dataclass
+class Seeder:
+    """Keeps the torrents of a session equal to the content of a store."""
+
+    session: Any
+    store: Store
+    log: Callable[[str], None]
+    handles: dict[str, Any] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    _stamp: object = None
+
+    def changed(self) -> bool:
+        """Has the store changed since the last call?"""
+        stamp = tuple(_mtime(path) for path in (self.store.images_dir, self.store.layers_dir))
+        changed, self._stamp = stamp != self._stamp, stamp
+        return changed
+
+    def reload(self) -> None:
+        wanted: dict[str, Callable[[], Any]] = {}
+        for image in self.store.images():
+            if image.missing:
+                self.log(f"image {image.hash} ({image.name}): layers missing, not seeded")
+                continue
+            wanted[image.hash] = partial(self._image, image)
+            for number, layer in enumerate(image.manifest.layers):
+                wanted[layer.torrent] = partial(self._layer, image, number)
+        for key in self.handles.keys() - wanted.keys():
+            self.session.remove_torrent(self.handles.pop(key))
+            self.log(f"no longer seeding {self.kinds.pop(key)} {key}")
+        for key in wanted.keys() - self.handles.keys():
+            try:
+                parameters, kind = wanted[key]()
+                self.handles[key] = self.session.add_torrent(parameters)
+                self.kinds[key] = kind
+                self.log(f"seeding {kind} {key}")
+            except (UserError, OSError, RuntimeError) as error:
+                self.log(f"can't seed {key}: {error}")
+
+    def _image(self, image: StoredImage) -> tuple[Any, str]:
+        bundle = self.store.bundle(image.hash)
+        if (image.directory / IMAGE_TORRENT).read_bytes() != bundle.torrent.data:
+            raise UserError(f"{image.directory / IMAGE_TORRENT} is damaged", "publish the image again")
+        parameters = _parameters(bundle.torrent.data, image.directory)
+        # layout(): libtorrent 2.1's name for files(), whose use it warns about
+        info = parameters.ti
+        files = info.layout() if hasattr(info, "layout") else info.files()
+        # In the store the files lie in the image's directory without the torrent's own name.
+        parameters.renamed_files = {
+            index: files.file_path(index).partition("/")[2]
+            for index in range(files.num_files())
+            if not files.file_flags(index) & libtorrent.file_storage.flag_pad_file
+        }
+        return parameters, "image"
+
+    def _layer(self, image: StoredImage, number: int) -> tuple[Any, str]:
+        layer = image.manifest.layers[number]
+        torrent = parse_layer_torrent((image.directory / "layers" / f"{number}.torrent").read_bytes())
+        if torrent.info_hash != layer.torrent:
+            raise UserError(f"layer {number} of image {image.hash} is damaged", "publish the image again")
+        return _parameters(torrent.data, self.store.layer_path(layer).parent), "layer"
+
+    def status(self) -> list[dict[str, Any]]:
+        result = []
+        for key, handle in sorted(self.handles.items()):
+            state = handle.status()
+            result.append(
+                {
+                    "hash": key,
+                    "kind": self.kinds[key],
+                    "name": state.name,
+                    "peers": state.num_peers,
+                    "uploaded": state.total_payload_upload,
+                    "upload_rate": state.upload_payload_rate,
+                    "error": state.errc.message() if state.errc.value() else "",
+                }
+            )
+        return result
+
+
+def _parameters(torrent: bytes, directory: Path) -> Any:
+    result = libtorrent.add_torrent_params()
+    decoded: Any = libtorrent.bdecode(torrent)
+    result.ti = libtorrent.torrent_info(decoded)
+    result.save_path = str(directory)
+    # seed_mode: taken as complete without reading it all; each piece is still hashed before it is
+    # sent for the first time, so a damaged file is noticed rather than spread.
+    result.flags = libtorrent.torrent_flags.seed_mode | libtorrent.torrent_flags.upload_mode
+    result.flags &= ~(libtorrent.torrent_flags.auto_managed | libtorrent.torrent_flags.paused)
+    return result
+
+
+def _mtime(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+class Daemon:
+    """`ready` is called once everything is seeded and the control socket is open."""
+
+    def __init__(
+        self, seeder: Seeder, place: Place, host: str, port: int, upload_limit: int, ready: Callable[[], None]
+    ) -> None:
+        self.seeder = seeder
+        self.place = place
+        self.host, self.port, self.upload_limit = host, port, upload_limit
+        self.ready = ready
+        self.began = time.time()
+        self.stopping = asyncio.Event()
+        self.nodelay = NoDelay()
+        self.door = Door(seeder.session, host, port)
+
+    async def run(self) -> None:
+        self.nodelay.scan()  # the listening socket: what it accepts inherits the option (Linux)
+        if sys.platform != "linux":
+            self.nodelay.start()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stopping.set)
+        self.seeder.changed()
+        self.seeder.reload()
+        self.place.socket.unlink(missing_ok=True)
+        server = await asyncio.start_unix_server(self._serve, str(self.place.socket), limit=MAX_REQUEST)
+        self.place.socket.chmod(0o600)
+        self.ready()
+        async with server:
+            while not self.stopping.is_set():
+                if self.seeder.changed():
+                    self.seeder.reload()
+                for alert in self.seeder.session.pop_alerts():
+                    if alert.category() & libtorrent.alert.category_t.error_notification:
+                        self.seeder.log(alert.message())
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self.stopping.wait(), RESCAN)
+        self.place.socket.unlink(missing_ok=True)
+        self.seeder.log("stopped")
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(10):
+                answer = self.answer(await reader.readline())
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        except (TimeoutError, ValueError, OSError):
+            pass  # the client's fault: it said nothing, too much, or has gone
+        finally:
+            writer.close()
+
+    def answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            operation = request["op"]
+            if request.get("schema", SCHEMA) != SCHEMA:
+                return {"schema": SCHEMA, "ok": False, "error": f"this seed speaks schema {SCHEMA}"}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return {"schema": SCHEMA, "ok": False, "error": "not a request"}
+        if operation == "reload":
+            self.seeder.changed()
+            self.seeder.reload()
+        elif operation == "stop":
+            self.stopping.set()
+        elif operation == "admit":
+            try:
+                self.door.admit(str(request.get("host")), str(request.get("guest")))
+            except (UserError, ValueError) as error:
+                return {"schema": SCHEMA, "ok": False, "error": str(error)}
+            self.nodelay.scan()
+        elif operation != "status":
+            return {"schema": SCHEMA, "ok": False, "error": f"unknown operation {operation!r}"}
+        return {"schema": SCHEMA, "ok": True, **self.status()}
+
+    def status(self) -> dict[str, Any]:
+        torrents = self.seeder.status()
+        return {
+            "pid": os.getpid(),
+            "host": self.host,
+            "port": self.port,
+            "store": str(self.seeder.store.root),
+            "since": self.began,
+            "upload_limit": self.upload_limit,
+            "also": [f"{host}:{self.port}" for host in self.door.hosts],
+            "admitted": sorted(self.door.guests),
+            "uploaded": sum(torrent["uploaded"] for torrent in torrents),
+            "peers": sum(torrent["peers"] for torrent in torrents),
+            "torrents": torrents,
+        }
+
+
+def _log(text: str) -> None:
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
+
+
+def _listen(place: Place, host: str, port: int | None, upload_limit: int) -> tuple[Any, int]:
+    """On `port`, or else where it listened last time, or else on any free port."""
+    if port is not None:
+        return listen(host, port, upload_limit)
+    with contextlib.suppress(UserError, OSError, ValueError):
+        last = int(place.port.read_text())
+        if 0 < last < 65536:
+            return listen(host, last, upload_limit)
+    return listen(host, 0, upload_limit)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="hostos.image.seed")
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, help="default: the last one, or any")
+    parser.add_argument("--upload-limit", type=int, default=0, help="bytes/s")
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--socket", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    ready = detach()
+    place = Place(options.state, options.socket)
+    with place.running.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log("another seed runs already")
+            return 3
+        try:
+            session, port = _listen(place, options.host, options.port, options.upload_limit)
+        except UserError as error:
+            _log(f"error: {error.message}")
+            return 2
+        place.port.write_text(f"{port}\n")
+        me = {"schema": SCHEMA, "pid": os.getpid(), "started": psutil.Process().create_time()}
+        place.info.write_text(json.dumps(me) + "\n")
+        _log(f"hostos {__version__}: seeding {options.store} on {options.host}:{port}")
+        seeder = Seeder(session, Store(options.store), _log)
+
+        async def serve() -> None:
+            await Daemon(seeder, place, options.host, port, options.upload_limit, ready).run()
+
+        asyncio.run(serve())
+        place.info.unlink(missing_ok=True)
+    return 0
+
+
+def detach() -> Callable[[], None]:
+    """Go on in a process of its own; what this returns tells the first one to end, which until then
+    waits, so that whoever started it knows.
+
+    If the first one has been killed meanwhile, nobody wants this seed any more: then telling it
+    raises BrokenPipeError, and the seed ends.
+    """
+    receive, send = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(send)
+        if os.read(receive, 1):
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    os.close(receive)
+    os.setsid()
+
+    def tell() -> None:
+        os.write(send, b"+")
+        os.close(send)
+
+    return tell
+
+
+if __name__ == "__main__":
+    sys.exit(main())
