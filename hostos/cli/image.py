@@ -1,0 +1,332 @@
+"""`hostos image …`: make images and look at them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hostos.cli.common import steps
+from hostos.cli.completing import images
+from hostos.errors import UserError
+
+
+def trace_options(command: Any) -> Any:
+    """What `publish` and `trace` have in common."""
+    for option in (
+        click.option("-m", "--machine", default="default", show_default=True, metavar="NAME", help="Where to boot it."),
+        click.option("--seconds", type=click.FloatRange(1, 3600), default=60.0, show_default=True,
+                     help="How long a command is watched that doesn't end."),
+        click.option("--save", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Write the recording there: with it the image can be made again without booting."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def api_option(command: Any) -> Any:
+    return click.option("--ipfs-api", metavar="URL", help="Where the IPFS node's RPC API is.  "
+                        "[default: http://127.0.0.1:5001]")(command)  # fmt: skip
+
+
+@click.group()
+def image() -> None:
+    """Make container images from trees, and look after those of this host."""
+
+
+@image.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="What to call it, e.g. web/debian-13.")
+@click.option("--command", default="", metavar="WORDS", help="What to run; default: the image's init.")
+@click.option("--env", multiple=True, metavar="KEY=VALUE", help="Environment variable (repeatable).")
+@click.option("--user", default="", metavar="USER[:GROUP]", help="Who runs it; default: root.")
+@click.option("--workdir", default="", metavar="PATH", help="Where it runs; default: /.")
+@click.option("--port", "ports", multiple=True, metavar="N[/udp]", help="Port it listens on (repeatable).")
+@click.option("--arch", default=None, help="Architecture, if no program in the tree tells it.")
+@click.option("--piece-size", type=int, metavar="KIB", help="Unit of transfer.  [default: 64, more above 1 GiB]")
+@click.option("--trace", "traces", multiple=True, metavar="COMMAND",
+              help="Boot it with COMMAND; pack first what it reads. Repeatable; '': its own command.")  # fmt: skip
+@click.option(
+    "--recording", type=click.Path(path_type=Path), metavar="FILE", help="Pack in the order recorded in FILE."
+)
+@click.option("--ipfs", is_flag=True, help="Also add it to an IPFS node, and print its CID after the hash.")
+@api_option
+@trace_options
+def publish(
+    source: Path,
+    name: str,
+    command: str,
+    env: tuple[str, ...],
+    user: str,
+    workdir: str,
+    ports: tuple[str, ...],
+    arch: str | None,
+    piece_size: int | None,
+    traces: tuple[str, ...],
+    recording: Path | None,
+    ipfs: bool,
+    ipfs_api: str | None,
+    save: Path | None,
+    seconds: float,
+    machine: str,
+) -> None:
+    """Make an image of SOURCE (a directory, a tar archive or a squashfs file) and print its hash.
+
+    It goes into the store of this host. Nobody is told; `hostos seed start` offers it.
+
+    \b
+    With --trace it is booted once in a machine, and then starts with fewer and earlier blocks:
+      hostos image publish rootfs.tar --name web --trace "python3 -c pass" --trace "nginx -t"
+    """
+    from hostos.image import ipfs as adding
+    from hostos.image import publish as publishing
+    from hostos.image import seeding
+    from hostos.image.recording import Recording
+    from hostos.image.store import Store
+
+    if recording and traces:
+        raise UserError("--trace and --recording exclude each other", "leave one of them out")
+    if save and not traces:
+        raise UserError("--save needs a --trace to save", "add --trace COMMAND")
+    if ipfs or ipfs_api:
+        # Before minutes are spent on packing.
+        adding.check(ipfs_api or adding.DEFAULT_API)
+
+    boot = publishing.boot_config(command=command, env=env, user=user, workdir=workdir, ports=ports)
+    how = _how(traces, seconds, machine) if traces else None
+    told = steps()
+    recorded = Recording.read(recording) if recording else None
+    size = piece_size * 1024 if piece_size is not None else None
+    before = {item.hash for item in Store().images()}
+    result = publishing.publish(source, name, told, boot=boot, architecture=arch, piece_size=size, recording=recorded)
+    made = result.hash
+    if how:
+        from hostos.cli import tracing
+
+        store, made = Store(), ""
+        try:
+            made = tracing.traced(store, store.get(result.hash), how, None, save, told)
+        finally:
+            # Only the traced image was asked for.
+            if result.hash not in {*before, made}:
+                store.remove(result.hash)
+    seeded = seeding.reload()
+    click.echo(made)
+    after = "seeding it already" if seeded else "offer it with: hostos seed start"
+    click.echo(f"{name}: {_size(Store().get(made).manifest.size)}, {result.packed.architecture}; {after}", err=True)
+    if ipfs or ipfs_api:
+        click.echo(adding.add(Store(), Store().get(made), ipfs_api or adding.DEFAULT_API, told))
+
+
+@image.command(name="ipfs")
+@click.argument("reference", metavar="HASH|NAME")
+@api_option
+def add_to_ipfs(reference: str, ipfs_api: str | None) -> None:
+    """Add an image of this host to an IPFS node, pinned there, and print its CID.
+
+    `hostos container boot CID` then boots it from any gateway of that node.
+    """
+    from hostos.image import ipfs as adding
+    from hostos.image.store import Store
+
+    api = ipfs_api or adding.DEFAULT_API
+    store = Store()
+    found = store.get(reference)
+    adding.check(api)
+    click.echo(adding.add(store, found, api, steps()))
+
+
+@image.command()
+@click.argument("reference", metavar="HASH|NAME")
+@click.argument("command", metavar="[-- COMMAND…]", nargs=-1, type=click.UNPROCESSED)
+@click.option("--also", "others", multiple=True, metavar="COMMAND", help="One more workload (repeatable; '' as above).")
+@click.option("--recording", type=click.Path(path_type=Path), metavar="FILE",
+              help="Boot nothing: take what was recorded in FILE.")  # fmt: skip
+@click.option("--replace", is_flag=True, help="Remove the image without the trace.")
+@trace_options
+def trace(
+    reference: str,
+    command: tuple[str, ...],
+    others: tuple[str, ...],
+    recording: Path | None,
+    replace: bool,
+    save: Path | None,
+    seconds: float,
+    machine: str,
+) -> None:
+    """Boot an image, pack it again in the order in which it reads its files, and print the new hash.
+
+    Without COMMAND it boots what the image says, or its init. The new image carries the order (its
+    boot trace), so whoever boots it fetches those blocks before they are asked for. This runs in the
+    machine and needs no root on this host.
+
+    \b
+      hostos image trace web/debian -- python3 -c pass
+      hostos image trace web/debian --also "nginx -t" --save boot.json
+    """
+    from hostos.cli import tracing
+    from hostos.image import seeding
+    from hostos.image.store import Store
+
+    if recording and (command or others or save):
+        raise UserError("--recording excludes a command, --also and --save", "leave them out")
+    store = Store()
+    found = store.get(reference)
+    how = None
+    if not recording:
+        how = _how(others, seconds, machine)
+        how = tracing.How((tuple(command), *how.commands), seconds, machine)
+    made = tracing.traced(store, found, how, recording, save, steps())
+    sizes = f"{_size(found.manifest.size)} -> {_size(store.get(made).manifest.size)}"
+    if replace and made != found.hash:
+        store.remove(found.hash)
+    seeding.reload()
+    click.echo(made)
+    left = "" if replace or made == found.hash else f"; the image without it is still there: {found.hash[:16]}"
+    click.echo(f"{found.name}: {sizes}{left}", err=True)
+
+
+def _how(commands: tuple[str, ...], seconds: float, machine: str) -> Any:
+    from hostos.cli.tracing import How
+
+    try:
+        return How(tuple(tuple(shlex.split(text)) for text in commands), seconds, machine)
+    except ValueError as error:
+        raise UserError(f"a command to trace: {error}", "quote it as for a shell") from None
+
+
+@image.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def ls(as_json: bool) -> None:
+    """List the images of this host, the latest first."""
+    from hostos.image.store import Store, describe
+
+    store = Store()
+    images, broken = store.images(), store.broken()
+    if as_json:
+        listed = [describe(item) for item in images]
+        bad = [{"path": str(item.path), "reason": item.reason} for item in broken]
+        click.echo(json.dumps({"schema": 1, "images": listed, "broken": bad}))
+        return
+    if images:
+        rows = [("HASH", "NAME", "ARCH", "SIZE", "PUBLISHED")]
+        for item in images:
+            when = datetime.datetime.fromtimestamp(item.published).strftime("%Y-%m-%d %H:%M")
+            size = _size(item.manifest.size) + (" (layers missing)" if item.missing else "")
+            rows.append((item.hash[:16], item.name, item.manifest.architecture, size, when))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        for row in rows:
+            click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
+    elif sys.stderr.isatty():
+        click.echo("no images yet: hostos image publish DIR --name NAME", err=True)
+    for bad_item in broken:
+        click.echo(f"warning: {bad_item.path} is broken: {bad_item.reason}", err=True)
+
+
+@image.command()
+@click.argument("reference", metavar="HASH|NAME", shell_complete=images)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def inspect(reference: str, as_json: bool) -> None:
+    """Show what an image is made of and how to get it (checks its metadata against its hash)."""
+    from hostos.image import seeding
+    from hostos.image.ipfs import recorded
+    from hostos.image.store import Store, describe
+
+    store = Store()
+    found = store.get(reference)
+    bundle = store.bundle(found.hash)
+    cid = recorded(found)
+    seed = seeding.status()
+    peers = (seed.address,) if seed else ()
+    layers: list[dict[str, Any]] = [
+        {
+            "hash": torrent.info_hash,
+            "size": torrent.size,
+            "piece_size": torrent.piece_size,
+            "file": str(store.layer_path(layer)),
+            "present": layer.torrent not in found.missing,
+            "magnet": torrent.magnet(peers),
+        }
+        for torrent, layer in zip(bundle.layers, bundle.manifest.layers, strict=True)
+    ]
+    if as_json:
+        more = {
+            "cid": cid,
+            "magnet": bundle.torrent.magnet(peers),
+            "layers": layers,
+            "seed": seed.address if seed else None,
+        }
+        click.echo(json.dumps({**describe(found), **more}))
+        return
+    boot = bundle.manifest.boot
+    lines = [
+        ("image", found.hash),
+        ("name", found.name),
+        ("architecture", bundle.manifest.architecture),
+        ("size", _size(bundle.manifest.size)),
+        ("published", datetime.datetime.fromtimestamp(found.published).isoformat(" ", "seconds")),
+        ("command", " ".join(map(repr, boot.command)) or "the image's init"),
+        *(("env", f"{key}={value!r}") for key, value in boot.env),
+        ("user", boot.user or "root"),
+        *([("workdir", boot.workdir)] if boot.workdir else []),
+        *([("ports", " ".join(boot.ports))] if boot.ports else []),
+        ("boot trace", _traced(bundle.trace)),
+        ("magnet", bundle.torrent.magnet(peers)),
+        ("IPFS", cid or "not added: hostos image ipfs"),
+        ("seed", seed.address if seed else "not running: hostos seed start"),
+    ]
+    for number, layer in enumerate(layers):
+        lines += [
+            (f"layer {number}", layer["hash"]),
+            ("  size", f"{_size(layer['size'])} in pieces of {layer['piece_size'] >> 10} KiB"),
+            ("  file", layer["file"] if layer["present"] else "missing"),
+            ("  magnet", layer["magnet"]),
+        ]
+    for key, value in lines:
+        click.echo(f"{key + ':':14} {value}")
+
+
+def _traced(trace: Any) -> str:
+    if trace is None:
+        return "none"
+    commands = [shlex.join(workload.command) or "(init)" for workload in trace.workloads]
+    return "; ".join(f"{text[:60]}: {_size(item.size)}" for text, item in zip(commands, trace.workloads, strict=True))
+
+
+@image.command()
+@click.argument("references", metavar="HASH|NAME...", nargs=-1, required=True, shell_complete=images)
+def rm(references: tuple[str, ...]) -> None:
+    """Remove images and the layers no other image uses."""
+    from hostos.image import seeding
+    from hostos.image.store import Store
+
+    store = Store()
+    # All of them must exist before the first one goes.
+    hashes = [_removable(store, reference) for reference in references]
+    free = sum(store.remove(item) for item in dict.fromkeys(hashes))
+    seeding.reload()
+    click.echo(f"{_size(free)} free", err=True)
+
+
+def _removable(store: Any, reference: str) -> str:
+    if any(item.path.name == reference for item in store.broken()):
+        return reference
+    found = store.get(reference)
+    same = [item for item in store.images() if item.name == reference]
+    if len(same) > 1:
+        raise UserError(f"{len(same)} images are called {reference}", "give its hash: hostos image ls")
+    return str(found.hash)
+
+
+def _size(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

@@ -1,0 +1,87 @@
+"""`hostos seed …`: offer this host's images to guests and peers."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import click
+
+from hostos.errors import UserError
+from hostos.steps import Steps, Talk
+
+
+@click.group()
+def seed() -> None:
+    """Offer the images of this host over BitTorrent, in the background.
+
+    On loopback, for the guests of this host, unless told otherwise; never announced anywhere.
+    """
+
+
+@seed.command()
+@click.option("--listen", metavar="ADDRESS[:PORT]", help="Default: 127.0.0.1 and the port it had last.")
+@click.option("--upload-limit", metavar="RATE", help="Bytes per second, e.g. 500K or 2M; default: none.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def start(listen: str | None, upload_limit: str | None, as_json: bool) -> None:
+    """Start the seed; returns when it listens. Does nothing if it runs already."""
+    from hostos import config
+    from hostos.image import seeding
+
+    listen = listen or config.get("seed.listen")
+    upload_limit = upload_limit or config.get("seed.upload_limit")
+    limit = parse_rate(upload_limit) if upload_limit else 0
+    if listen:
+        seeding.parse_listen(listen)
+    with Steps(Talk()).step("start the seed") as step:
+        info = seeding.start(listen, upload_limit=limit)
+        step.detail = f"{info.address}, {len(info.details['torrents'])} torrents"
+    _show(info.details, as_json)
+
+
+@seed.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(as_json: bool) -> None:
+    """What the seed offers, and to how many. Exit code 1 if none runs."""
+    from hostos.image import seeding
+
+    info = seeding.status()
+    if info is None:
+        if as_json:
+            click.echo(json.dumps({"schema": 1, "running": False}))
+        else:
+            click.echo("the seed is not running: hostos seed start", err=True)
+        raise click.exceptions.Exit(1)
+    _show(info.details, as_json)
+
+
+@seed.command()
+def stop() -> None:
+    """Stop the seed, if it runs."""
+    from hostos.image import seeding
+
+    click.echo("stopped" if seeding.stop() else "the seed was not running", err=True)
+
+
+def _show(details: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        shown = {key: value for key, value in details.items() if key != "ok"}
+        click.echo(json.dumps({**shown, "schema": 1, "running": True}))
+        return
+    host = f"[{details['host']}]" if ":" in details["host"] else details["host"]
+    click.echo(
+        f"{host}:{details['port']}  pid {details['pid']}  {details['peers']} peers  {details['uploaded']} B sent"
+    )
+    for torrent in details["torrents"]:
+        line = f"{torrent['kind']:5}  {torrent['hash']}  {torrent['peers']} peers  {torrent['uploaded']} B sent"
+        click.echo(line + (f"  {torrent['error']}" if torrent["error"] else ""))
+
+
+def parse_rate(text: str) -> int:
+    """Bytes per second from `500K`, `2M`, `1G` (powers of 1024) or a plain number. Raises UserError."""
+    match = re.fullmatch(r"([0-9]{1,9})([KMG]?)", text.strip().upper())
+    rate = int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]] if match else 0
+    if not 0 < rate < 1 << 31:
+        raise UserError(f"--upload-limit {text!r} is not a rate", "e.g. --upload-limit 500K (bytes per second)")
+    return rate
