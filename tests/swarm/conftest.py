@@ -1,0 +1,288 @@
+"""Real images, real libtorrent seeds and the real daemon, on loopback addresses, as root."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from hostos.live.client import Client, connect
+from hostos.live.manifest import Layer, Manifest
+from hostos.live.torrents import ImageBundle, Torrent, make_image_torrent, make_layer_torrent, verify_files
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+TOOLS = ("cat", "chmod", "cp", "dd", "env", "id", "ls", "mkdir", "mount", "mv", "ps", "rm", "sh", "sleep", "stat")
+
+# A PID 1 as small as can be; 37 is SIGRTMIN+3, by which systemd and nspawn ask for shutdown.
+INIT = """#!/bin/sh
+echo "init has come up as $(id -u)"
+trap 'echo going down; exit 0' 37
+while :; do sleep 0.1; done
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems: needs root")
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.swarm)
+            item.add_marker(needs_root)
+
+
+def copy_tool(name: str, tree: Path) -> None:
+    """A program of this machine with the libraries it needs."""
+    source = shutil.which(name)
+    assert source, f"the tests need {name}"
+    libraries = subprocess.run(["ldd", source], capture_output=True, text=True, check=True).stdout
+    wanted = [word for word in libraries.split() if word.startswith("/")]
+    (tree / "usr/bin").mkdir(parents=True, exist_ok=True)
+    shutil.copy(Path(source).resolve(), tree / "usr/bin" / name)
+    for library in wanted:
+        target = tree / "usr" / library.removeprefix("/usr").lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            shutil.copy(Path(library).resolve(), target)
+
+
+def make_tree(tree: Path) -> None:
+    """A small root file system with one of everything a file system can hold."""
+    for directory in ("dev", "etc", "home/user", "proc", "root", "run", "sbin", "sys", "tmp", "usr/lib64", "var"):
+        (tree / directory).mkdir(parents=True, exist_ok=True)
+    for name in TOOLS:
+        copy_tool(name, tree)
+    for link in ("bin", "lib", "lib64"):
+        (tree / link).symlink_to(f"usr/{link}")
+    (tree / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n")
+    (tree / "etc/group").write_text("root:x:0:\nuser:x:1000:\n")
+    (tree / "etc/os-release").write_text("ID=swarm\nNAME=Swarm\n")
+    init = tree / "sbin/init"
+    init.write_text(INIT)
+    init.chmod(0o755)
+    note = tree / "home/user/note"
+    note.write_text("mine\n")
+    (tree / "home/user/same").hardlink_to(note)
+    (tree / "home/user/link").symlink_to("note")
+    (tree / "home/user/hole").write_bytes(b"")
+    os.truncate(tree / "home/user/hole", 3_000_000)
+    os.setxattr(note, "user.colour", b"blue")
+    for path in [tree / "home/user", *(tree / "home/user").iterdir()]:
+        os.chown(path, 1000, 1000, follow_symlinks=False)
+    (tree / "usr/bin/id").chmod(0o4755)
+    (tree / "tmp").chmod(0o1777)
+    os.mknod(tree / "var/null", 0o020666, os.makedev(1, 3))
+    noise = random.Random(5)
+    for number in range(24):
+        (tree / f"var/data{number}").write_bytes(noise.randbytes(1_000_000))
+
+
+@dataclass(frozen=True)
+class Published:
+    """An image on disk, as a seed needs it. `layer`: its squashfs file; `tree`: where it came from."""
+
+    directory: Path
+    tree: Path
+    layer: Path
+    layer_torrent: Torrent
+    bundle: ImageBundle
+
+    @property
+    def image(self) -> str:
+        return self.bundle.image
+
+
+def publish(tree: Path, directory: Path, name: str) -> Published:
+    directory.mkdir(parents=True)
+    raw = directory / "layer.squashfs"
+    subprocess.run(
+        ["mksquashfs", tree, raw, "-noappend", "-quiet", "-no-progress", "-comp", "zstd", "-xattrs"], check=True
+    )
+    torrent = make_layer_torrent(raw)
+    place = directory / torrent.info_hash
+    place.mkdir()
+    layer = place / torrent.name
+    raw.rename(layer)
+    (directory / f"{torrent.info_hash}.torrent").write_bytes(torrent.data)
+    manifest = Manifest(name, os.uname().machine, (Layer(torrent.info_hash, torrent.size, torrent.name),))
+    image, files = make_image_torrent(manifest, [torrent.data])
+    for path, data in files.items():
+        target = directory / image.info_hash / image.name / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    (directory / f"{image.info_hash}.torrent").write_bytes(image.data)
+    return Published(directory, tree, layer, torrent, verify_files(image.info_hash, files))
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    base = tmp_path_factory.mktemp("image")
+    make_tree(base / "tree")
+    return publish(base / "tree", base / "published", "swarm-test")
+
+
+@dataclass
+class Helper:
+    """A background process that says `ready` on its standard output."""
+
+    process: subprocess.Popen[bytes]
+
+    @classmethod
+    def start(cls, *arguments: str) -> Helper:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", *arguments],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n", f"{arguments} did not start"
+        return cls(process)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        self.process.wait(20)
+        assert self.process.stdout
+        self.process.stdout.close()
+
+
+Start = Callable[..., Helper]
+
+
+@pytest.fixture
+def helpers() -> Iterator[list[Helper]]:
+    running: list[Helper] = []
+    yield running
+    for helper in running:
+        helper.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def seed(published: Published, helpers: list[Helper]) -> Start:
+    """Starts a seed of the image at an address `HOST:PORT`."""
+
+    def start(address: str, image: Published = published) -> Helper:
+        helpers.append(Helper.start(str(HERE / "seed.py"), str(image.directory), address))
+        return helpers[-1]
+
+    return start
+
+
+@pytest.fixture
+def corruptor(helpers: list[Helper]) -> Start:
+    """Starts a peer that passes everything on from a good one but spoils blocks: `address`, `good`."""
+
+    def start(address: str, good: str, share: float = 1.0) -> Helper:
+        helpers.append(Helper.start(str(HERE / "corruptor.py"), address, good, str(share)))
+        return helpers[-1]
+
+    return start
+
+
+@dataclass
+class Daemon:
+    """The real daemon; `base` holds its socket, cache and mounts."""
+
+    base: Path
+    address: str
+    extra: tuple[str, ...] = ()
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.base.mkdir(parents=True, exist_ok=True)
+        with (self.base / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-W", "ignore", "-m", "hostos.live", "--no-systemd"),
+                    *("--socket", str(self.base / "sock"), "--cache", str(self.base / "cache")),
+                    *("--mounts", str(self.base / "mounts"), "--listen", self.address, *self.extra),
+                ],
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+        wait_until(lambda: (self.base / "sock").exists() or self.process.poll() is not None, 20)
+        assert self.process.poll() is None, self.log()
+
+    def client(self) -> Client:
+        return connect(self.base / "sock", timeout=60)
+
+    def log(self) -> str:
+        return (self.base / "log").read_text()
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        self.process.wait(30)
+
+    def mounts(self) -> list[str]:
+        """Mount points below its directory, from the kernel."""
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        return [point for line in lines if (point := line.split()[4]).startswith(f"{self.base}/")]
+
+    def loops(self) -> int:
+        """Loop devices over its files."""
+        backing = Path("/sys/block").glob("loop*/loop/backing_file")
+        return sum(file.read_text().startswith(f"{self.base}/") for file in backing)
+
+    def fuse_file(self, image: Published) -> Path:
+        return self.base / "mounts/fuse" / image.layer_torrent.info_hash
+
+
+@pytest.fixture
+def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
+    """A daemon of the test's own, listening for peers on an address no other test uses.
+
+    Parametrised indirectly, it takes further arguments.
+    """
+    # Unix sockets have short names, and tmp_path may be long.
+    base = Path(f"/tmp/hostos-swarm-{os.getpid()}-{random.getrandbits(32):08x}")
+    running = Daemon(base, "127.0.0.3:0", getattr(request, "param", ()))
+    try:
+        yield running
+    finally:
+        running.stop()
+        left = [point for point in running.mounts() if point != f"{base}/cache"]
+        loops = running.loops()
+        log = running.log()
+        print(log)
+        for point in reversed(running.mounts()):
+            subprocess.run(["umount", "-l", point], check=False)
+        shutil.rmtree(base)
+    assert not left, f"left mounted: {left}"
+    assert not loops
+    assert "internal error" not in log
+    assert "Traceback" not in log
+
+
+def wait_until(condition: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def run(client: Client, image: str, peer: str, *command: str, stdin: bytes = b"", **fields: object) -> Ran:
+    """Prepare a container, run its command here, release it."""
+    answer = client.ask("prepare", image=image, peers=[peer], command=list(command), hold=True, **fields)
+    done = subprocess.run(answer["argv"], input=stdin, capture_output=True, timeout=60, check=False)
+    figures = client.ask("release", name=answer["name"])
+    return Ran(done.returncode, done.stdout, done.stderr, figures)
+
+
+@dataclass(frozen=True)
+class Ran:
+    status: int
+    stdout: bytes
+    stderr: bytes
+    figures: dict[str, object]

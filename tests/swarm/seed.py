@@ -1,0 +1,46 @@
+"""A libtorrent seed for the tests: `seed.py DIRECTORY HOST:PORT` (every *.torrent of the directory)."""
+
+import signal
+import sys
+from pathlib import Path
+
+import libtorrent as lt
+
+from hostos.live.nodelay import NoDelay
+
+directory, address = Path(sys.argv[1]), sys.argv[2]
+session = lt.session(
+    {
+        "listen_interfaces": address,
+        "outgoing_interfaces": address.rpartition(":")[0],
+        "enable_dht": False,
+        "enable_lsd": False,
+        "enable_upnp": False,
+        "enable_natpmp": False,
+        "allow_multiple_connections_per_ip": True,
+        "close_redundant_connections": False,
+        "unchoke_slots_limit": -1,
+        "in_enc_policy": 2,  # plain text: the corruptor looks into the messages
+        "alert_mask": int(lt.alert.category_t.error_notification | lt.alert.category_t.status_notification),
+    }
+)
+handles = []
+for path in sorted(directory.glob("*.torrent")):
+    parameters = lt.load_torrent_buffer(path.read_bytes())
+    parameters.save_path = str(directory / path.stem)
+    parameters.flags |= lt.torrent_flags.seed_mode
+    parameters.flags &= ~(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)
+    handles.append(session.add_torrent(parameters))
+waiting = {str(handle.info_hashes().v2) for handle in handles}
+while waiting or not session.listen_port():
+    session.wait_for_alert(1000)
+    for alert in session.pop_alerts():
+        if isinstance(alert, lt.listen_failed_alert):
+            sys.exit(alert.message())
+        if isinstance(alert, lt.torrent_checked_alert):
+            waiting.discard(str(alert.handle.info_hashes().v2))
+nodelay = NoDelay()
+nodelay.scan()
+nodelay.start()
+print("ready", flush=True)
+signal.pause()

@@ -1,0 +1,266 @@
+"""The boot trace's format (from strangers), and what is fetched ahead of whom."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hostos.errors import UserError
+from hostos.live.journal import Journal
+from hostos.live.schedule import WINDOW_LEAST, WINDOW_MOST, Rest, Schedule, Window
+from hostos.live.trace import MAX_TRACE, Range, Trace, Workload, pieces
+
+SIZES = (1_000_000, 50_000)
+PIECE = 65536
+
+
+def text(**changes: Any) -> bytes:
+    workload = {"command": ["sh"], "blocks": [[0, 0, 3], [1, 2, 1]]}
+    return json.dumps({"schema": 1, "kind": "hostos-trace", "workloads": [workload], **changes}).encode()
+
+
+ranges = st.lists(
+    st.tuples(st.integers(0, 1), st.integers(0, 3), st.integers(1, 1)).map(lambda numbers: Range(*numbers)), max_size=20
+)
+workloads = st.builds(
+    Workload, st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"))).map(tuple), ranges.map(tuple)
+)
+
+
+@settings(deadline=None)
+@given(st.lists(workloads, min_size=1, max_size=16))
+def test_a_trace_is_read_back(made: list[Workload]) -> None:
+    trace = Trace(tuple(made))
+    assert Trace.parse(trace.to_json(), SIZES) == trace
+
+
+BAD = [
+    b"",
+    b"\xff",
+    b"[]",
+    b"{}",
+    b"[" * 100_000,
+    text(schema=2),
+    text(schema=True),
+    text(kind="other"),
+    text(extra=1),
+    text(workloads=[]),
+    text(workloads=[{}]),
+    text(workloads=[{"command": [], "blocks": []}] * 17),
+    text(workloads=[{"command": "sh", "blocks": []}]),
+    text(workloads=[{"command": ["a\0"], "blocks": []}]),
+    text(workloads=[{"command": ["\ud800"], "blocks": []}]),
+    text(workloads=[{"command": ["x" * 70_000], "blocks": []}]),
+    *(
+        text(workloads=[{"command": [], "blocks": [item]}])
+        for item in (
+            [0, 0], [0, 0, 0], [0, -1, 2], [2, 0, 1], [-1, 0, 1], [0, 60, 3], [1, 4, 1], [0, 1 << 70, 1],
+            [0, 0, 1 << 70], [0, 0.0, 1], [0, True, 1], "abc", None, [0, 0, 1, 1],
+        )
+    ),
+    text(workloads=[{"command": [], "blocks": [[0, 0, 1]] * 65537}]),
+    b" " * (MAX_TRACE + 1),
+    text()[:-1] + b',"kind":"hostos-trace"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", BAD)
+def test_a_malformed_trace_is_refused(data: bytes) -> None:
+    with pytest.raises(UserError, match="boot trace"):
+        Trace.parse(data, SIZES)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(
+    lambda value: json.dumps({"schema": 1, "kind": "hostos-trace", "workloads": value}).encode()
+))  # fmt: skip
+def test_any_input_is_parsed_or_refused(data: bytes) -> None:
+    with suppress(UserError):
+        assert isinstance(Trace.parse(data, SIZES), Trace)
+
+
+def test_which_workload_is_replayed() -> None:
+    python = Workload(("python3", "-c", "1"), (Range(0, 0, 2), Range(0, 9, 1)))
+    server = Workload(("/usr/sbin/nginx",), (Range(0, 1, 1), Range(0, 5, 1), Range(0, 9, 1)))
+    init = Workload((), (Range(0, 7, 1),))
+    trace = Trace((python, server, init))
+    assert trace.plan(("python3", "-c", "1")) == python.ranges
+    assert trace.plan(("/usr/bin/python3", "-c", "2")) == python.ranges
+    assert trace.plan(("nginx", "-t")) == server.ranges
+    assert trace.plan(()) == init.ranges
+    assert trace.plan(("perl",)) == ()
+    assert Trace((python, server)).plan(("perl",)) == (Range(0, 1, 1), Range(0, 9, 1))
+    assert Trace((python,)).plan(("perl",)) == ()
+
+
+def test_blocks_become_pieces_once_and_in_order() -> None:
+    found = (Range(0, 9, 1), Range(1, 0, 1), Range(0, 3, 2), Range(0, 8, 1))
+    assert pieces(found, 0, PIECE) == [2, 0, 1]
+    assert pieces(found, 1, PIECE) == [0]
+    assert pieces(found, 0, 16384) == [9, 3, 4, 8]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Asked:
+    """A schedule over pieces that never come by themselves."""
+
+    def __init__(self, count: int = 1000) -> None:
+        self.clock = Clock()
+        self.here: set[int] = set()
+        self.asked: list[int] = []
+        self.schedule = Schedule(
+            count, PIECE, self.here.__contains__, lambda piece, _: self.asked.append(piece), self.clock
+        )
+
+    def come(self, piece: int, after: float = 0.0) -> str:
+        self.clock.now += after
+        self.here.add(piece)
+        why = self.schedule.arrived(piece)
+        self.schedule.pump(waiting=False)
+        return why
+
+
+def test_the_trace_is_asked_for_in_order_and_never_more_than_the_window() -> None:
+    made = Asked()
+    made.schedule.replay(range(100, 200))
+    made.schedule.pump(waiting=True)
+    assert made.asked == [100, 101, 102, 103]
+    assert made.come(101, 0.01) == "trace"
+    assert made.asked == [100, 101, 102, 103, 104]
+    made.schedule.pump(waiting=True)
+    assert len(made.asked) == 5
+
+
+def test_the_trace_goes_before_read_ahead_and_that_before_the_rest() -> None:
+    made = Asked(8)
+    made.clock.now = 10.0
+    made.schedule.fetch_rest(Rest(True))
+    made.schedule.ahead([5])
+    made.schedule.replay([7])
+    made.schedule.pump(waiting=False)
+    assert made.asked[:3] == [7, 5, 0]
+
+
+def test_the_rest_waits_until_nobody_has_waited_for_a_while() -> None:
+    made = Asked()
+    made.schedule.fetch_rest(Rest(True))
+    made.schedule.pump(waiting=True)
+    made.schedule.pump(waiting=False)
+    assert made.asked == []
+    made.clock.now += 0.5
+    made.schedule.pump(waiting=False)
+    assert made.asked == [0, 1, 2, 3]
+    made.schedule.demanded(77)
+    made.come(0)
+    assert len(made.asked) == 4
+
+
+def test_the_rest_keeps_its_rate() -> None:
+    made = Asked()
+    made.clock.now = 10.0
+    made.schedule.fetch_rest(Rest.parse("100k"))
+    for _ in range(1000):
+        made.clock.now += 0.01
+        made.schedule.pump(waiting=False)
+        for piece in set(made.asked) - made.here:
+            made.come(piece)
+    assert 900_000 < len(made.here) * PIECE < 1_200_000
+
+
+def test_what_is_here_or_on_its_way_is_not_asked_for_again() -> None:
+    made = Asked(10)
+    made.here.update({1, 2})
+    made.schedule.replay([0, 1, 2, 3])
+    made.schedule.replay([3, 0, 4])
+    made.schedule.pump(waiting=False)
+    assert made.asked == [0, 3, 4]
+    assert made.schedule.demanded(3) == "trace"
+    assert made.schedule.demanded(3) is None
+
+
+def test_nothing_is_fetched_for_who_has_gone() -> None:
+    made = Asked()
+    plan = made.schedule.replay(range(50))
+    made.schedule.pump(waiting=False)
+    made.schedule.drop(plan)
+    for piece in (0, 1, 2, 3):
+        made.come(piece)
+    assert made.asked == [0, 1, 2, 3]
+    assert not made.schedule.active
+
+
+def deliver(window: Window, clock: Clock, rate: float, round_trip: float, seconds: float) -> None:
+    """A link of this rate and round trip that is kept full as far as the window goes."""
+    end = clock.now + seconds
+    while clock.now < end:
+        clock.now += max(PIECE / rate, round_trip * PIECE / window.size)
+        window.arrived(PIECE)
+
+
+@pytest.mark.parametrize(("rate", "round_trip"), [(6.25e6, 0.04), (6.25e6, 0.2), (12.5e6, 0.2), (2.5e6, 0.0)])
+def test_the_window_keeps_the_link_full_and_is_not_much_larger(rate: float, round_trip: float) -> None:
+    clock = Clock()
+    window = Window(clock)
+    deliver(window, clock, rate, round_trip, 10.0)
+    assert window.size >= 0.85 * rate * round_trip
+    assert WINDOW_LEAST <= window.size <= max(4 * rate * round_trip, 2 * WINDOW_LEAST)
+    assert window.size <= WINDOW_MOST
+
+
+def test_the_window_shrinks_when_the_link_does() -> None:
+    clock = Clock()
+    window = Window(clock)
+    deliver(window, clock, 12.5e6, 0.2, 10.0)
+    large = window.size
+    deliver(window, clock, 0.6e6, 0.02, 30.0)
+    assert window.size < large
+
+
+@pytest.mark.parametrize(
+    ("words", "rest"),
+    [("off", Rest()), ("on", Rest(True)), ("500k", Rest(True, 5e5)), ("2M", Rest(True, 2e6)), ("7", Rest(True, 7.0))],
+)
+def test_how_the_rest_is_told(words: str, rest: Rest) -> None:
+    assert Rest.parse(words) == rest
+
+
+@pytest.mark.parametrize("words", ["", "yes", "-1", "0", "1.5M", "2MB"])
+def test_how_the_rest_is_not_told(words: str) -> None:
+    with pytest.raises(UserError, match="the rest"):
+        Rest.parse(words)
+
+
+def test_the_journal_tells_hits_from_misses() -> None:
+    clock = Clock()
+    journal = Journal(10, clock=clock)
+    journal.arrived(1, "trace")
+    journal.arrived(2, "ahead")
+    clock.now = 1.0
+    journal.reading(100, 50, 1, 1)
+    journal.reading(100, 50, 1, 1)
+    journal.reading(9000, 10, 3, 3)
+    journal.arrived(3, "demand")
+    assert journal.used == 1
+    assert journal.counts() == {"demand": 1, "trace": 1, "ahead": 1, "rest": 0}
+    assert journal.describe(0.5)["read"] == [[0.5, 1], [0.5, 3]]
+    assert journal.reads == []
+
+
+def test_reads_are_noted_when_they_touch_something_new() -> None:
+    journal = Journal(10, clock=Clock())
+    journal.watch()
+    for offset, length in ((0, 4096), (100, 10), (4000, 200), (4096, 1)):
+        journal.reading(offset, length, 0, 0)
+    assert journal.reads == [(0.0, 0, 4096), (0.0, 4000, 200)]

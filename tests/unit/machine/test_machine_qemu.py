@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hostos.errors import UserError
+from hostos.machine.network import Forward
+from hostos.machine.qemu import Config, command, find_qemu, shell_text
+
+CONFIG = Config(
+    binary=Path("/usr/bin/qemu-system-x86_64"),
+    name="box",
+    arch="x86_64",
+    accelerator="tcg",
+    cpus=2,
+    memory_mib=512,
+    kernel=Path("/os/vmlinux"),
+    initrd=Path("/m/initrd"),
+    cmdline="console=ttyS0 hostos.hostname=box",
+    mac="52:54:00:01:02:03",
+    forwards=(Forward(4022, 22), Forward(6999, 6881, "udp")),
+    serial_log=Path("/m/serial.log"),
+    console_socket=Path("/r/console.sock"),
+    monitor_socket=Path("/r/monitor.sock"),
+    agent_socket=Path("/r/agent.sock"),
+    pid_file=Path("/m/qemu.pid"),
+)
+
+EXPECTED = """
+/usr/bin/qemu-system-x86_64 -name hostos-box -nodefaults -no-user-config -display none
+-machine q35 -m 512M -accel tcg,thread=multi -cpu max -smp 2
+-kernel /os/vmlinux -initrd /m/initrd -append 'console=ttyS0 hostos.hostname=box'
+-netdev user,id=net0,hostfwd=tcp:127.0.0.1:4022-:22,hostfwd=udp:127.0.0.1:6999-:6881
+-device virtio-net-pci,netdev=net0,mac=52:54:00:01:02:03,romfile=
+-object rng-builtin,id=rng0 -device virtio-rng-pci,rng=rng0
+-chardev socket,id=agent,path=/r/agent.sock,server=on,wait=off
+-device virtio-serial-pci -device virtserialport,chardev=agent,name=hostos.agent
+-chardev socket,id=console,path=/r/console.sock,server=on,wait=off,logfile=/m/serial.log
+-serial chardev:console
+-chardev socket,id=monitor,path=/r/monitor.sock,server=on,wait=off -mon chardev=monitor,mode=control
+-pidfile /m/qemu.pid -device vmgenid,guid=auto
+"""
+
+
+def test_exact_command_line() -> None:
+    assert command(CONFIG) == shlex.split(EXPECTED)
+
+
+def test_accelerated() -> None:
+    line = command(replace(CONFIG, accelerator="kvm"))
+    assert line[line.index("-accel") + 1] == "kvm"
+    assert line[line.index("-cpu") + 1] == "host"
+
+
+def test_arm() -> None:
+    line = command(replace(CONFIG, arch="aarch64"))
+    assert line[line.index("-machine") + 1] == "virt"
+    assert "vmgenid,guid=auto" not in line
+
+
+def test_commas_in_paths_stay_part_of_the_path() -> None:
+    line = command(replace(CONFIG, monitor_socket=Path("/r,x=y/monitor.sock"), serial_log=Path("/a,b")))
+    assert "socket,id=monitor,path=/r,,x=y/monitor.sock,server=on,wait=off" in line
+    assert any(word.endswith("logfile=/a,,b") for word in line)
+
+
+def test_shell_text_is_the_same_command() -> None:
+    line = command(replace(CONFIG, initrd=Path("/with space/it's"), cmdline="a b $HOME `x`"))
+    assert shlex.split(shell_text(line).replace("\\\n", "")) == line
+
+
+def test_missing_qemu_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    apt = tmp_path / "apt-get"
+    apt.write_text("#!/bin/sh\n")
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))
+    with pytest.raises(UserError, match="qemu-system-x86_64 is not installed") as caught:
+        find_qemu("x86_64")
+    assert caught.value.hint == "apt-get install qemu-system-x86"
