@@ -1,0 +1,1 @@
+"""Benchmarks: hostos beside a peer in the same run, reported as ratios (docs/benchmarks.md)."""

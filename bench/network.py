@@ -1,0 +1,76 @@
+"""Two network namespaces and a link of a given rate between them (needs root)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from hostos.errors import UserError
+
+# RFC 2544 sets these addresses aside for benchmarks.
+SEED, CLIENT = "198.18.0.1", "198.18.0.2"
+
+
+@dataclass(frozen=True)
+class Link:
+    """`seed` and `client` are the names of the namespaces."""
+
+    seed: str
+    client: str
+
+    def shape(self, mbit: float | None) -> None:
+        """Limit what the seed sends to `mbit` Mbit/s (None: not at all). The queue holds 50 ms."""
+        subprocess.run(_tc(self.seed, "del", []), stderr=subprocess.DEVNULL, check=False)
+        if mbit is not None:
+            limits = ["tbf", "rate", f"{mbit}mbit", "burst", "32k", "latency", "50ms"]
+            subprocess.run(_tc(self.seed, "add", limits), check=True)
+
+    def enter(self, namespace: str) -> list[str]:
+        """What to put before a command so that it runs there."""
+        return ["nsenter", f"--net=/run/netns/{namespace}"]
+
+
+def _tc(namespace: str, action: str, words: Sequence[str]) -> list[str]:
+    return ["ip", "netns", "exec", namespace, "tc", "qdisc", action, "dev", "eth0", "root", *words]
+
+
+@contextmanager
+def link() -> Iterator[Link]:
+    """The namespaces exist as long as the context. Raises `UserError` without root or iproute2."""
+    if os.geteuid() != 0:
+        raise UserError(
+            "the benchmark makes network namespaces, for which it must be root", "sudo -E .venv/bin/invoke bench.live"
+        )
+    for tool in ("ip", "tc", "nsenter", "systemd-nspawn"):
+        if shutil.which(tool) is None:
+            raise UserError(f"{tool} is not installed", "./bootstrap")
+    mark = os.getpid()
+    seed, client = f"hostos-s{mark}", f"hostos-c{mark}"
+    with ExitStack() as stack:
+        for name in (seed, client):
+            _ip("netns", "add", name)
+            stack.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
+            _ip("-n", name, "link", "set", "lo", "up")
+        _ip("link", "add", "eth0", "netns", seed, "type", "veth", "peer", "name", "eth0", "netns", client)
+        for name, address in ((seed, SEED), (client, CLIENT)):
+            _ip("-n", name, "address", "add", f"{address}/30", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+        yield Link(seed, client)
+
+
+def received(namespace: str) -> int:
+    """Bytes that arrived at the namespace's interface so far."""
+    done = subprocess.run(
+        ["ip", "netns", "exec", namespace, "cat", "/sys/class/net/eth0/statistics/rx_bytes"],
+        capture_output=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
