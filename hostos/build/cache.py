@@ -17,9 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hostos.locking import exclusive
 from hostos.paths import cache_dir
+from hostos.steps import Step
 
 KEEP = 6
+# Seconds to wait for another build that uses the same directories: a kernel on a slow machine takes an hour.
+PATIENCE = 3 * 3600.0
 
 
 def digest(inputs: Mapping[str, Any]) -> str:
@@ -52,6 +56,18 @@ def find(kind: str, key: str) -> Path | None:
         return None
     os.utime(path)
     return path
+
+
+@contextmanager
+def alone(what: str, step: Step) -> Iterator[None]:
+    """No other build works in the cache's directories for `what` while the body runs.
+
+    Raises UserError (status 1) if another does for hours.
+    """
+    root().mkdir(parents=True, exist_ok=True)
+    why = f"another build works on the {what}"
+    with exclusive(root() / f"{what}.lock", PATIENCE, why, lambda: step.progress(f"waiting: {why}")):
+        yield
 
 
 @contextmanager

@@ -58,6 +58,16 @@ def build(profile: Profile, source_package: Path, step: Step) -> Kernel:
     if found := cache.find("kernel", key):
         step.detail = "cached"
         return _kernel(found, profile.arch)
+    with cache.alone("kernel", step):
+        # Whoever was waited for may have made it.
+        if cache.find("kernel", key) is None:
+            _make_kernel(profile, source_package, fragment, key, step)
+    path = cache.find("kernel", key)
+    assert path is not None
+    return _kernel(path, profile.arch)
+
+
+def _make_kernel(profile: Profile, source_package: Path, fragment: str, key: str, step: Step) -> None:
     _check_disk()
     source = unpack_source(source_package, step)
     work = cache.root() / "kernel-work" / f"{source.name}-{profile.arch}"
@@ -73,9 +83,6 @@ def build(profile: Profile, source_package: Path, step: Step) -> Kernel:
         shutil.copy2(work / ".config", result / "linux.config")
         release = (work / "include/config/kernel.release").read_text().strip()
         (result / "version").write_text(release + "\n")
-    path = cache.find("kernel", key)
-    assert path is not None
-    return _kernel(path, profile.arch)
 
 
 def configure(profile: Profile, source: Path, work: Path, fragment: str, log: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hostos.build import cache
 from hostos.build import profile as profiles
 from hostos.build.debian_archive import Archive, Gone, Package
 from hostos.build.profile import Profile
@@ -89,11 +90,12 @@ def obtain(profile: Profile, steps: Steps, *, update: bool = False, locked: bool
             steps.warning(f"{path.name}: {problem}; using the newest packages instead")
         elif locked:
             raise UserError(f"there is no lock file {path}", "make one: invoke build --update")
-        archive.update(step)
         kernel_name = profile.debian["kernel_source"]
-        kernel = next(each for each in archive.resolve([kernel_name]) if each.name == kernel_name)
         requested = requested_packages(profile)
-        lock = Lock(archive.suite, requested, tuple(archive.resolve(requested)), kernel)
+        with cache.alone("packages", step):
+            archive.update(step)
+            kernel = next(each for each in archive.resolve([kernel_name]) if each.name == kernel_name)
+            lock = Lock(archive.suite, requested, tuple(archive.resolve(requested)), kernel)
         obtained = _fetch(lock, archive, step)
         path.parent.mkdir(exist_ok=True)
         path.write_text(lock.to_json(), encoding="utf-8")

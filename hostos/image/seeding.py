@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from hostos.errors import UserError, failure
-from hostos.image.locking import exclusive
+from hostos.locking import exclusive
 from hostos.paths import data_dir, private_dir, runtime_dir, state_dir
 
 DEFAULT_HOST = "127.0.0.1"

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostos.errors import UserError
-from hostos.image.locking import exclusive
 from hostos.live.manifest import Layer, Manifest
 from hostos.live.torrents import (
     MAX_LAYER_TORRENT,
@@ -34,6 +33,7 @@ from hostos.live.torrents import (
     parse_image_reference,
     verify_files,
 )
+from hostos.locking import exclusive
 from hostos.paths import data_dir, private_dir
 
 IMAGE_TORRENT = "image.torrent"

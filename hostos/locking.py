@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +14,11 @@ _POLL = 0.02
 
 
 @contextmanager
-def exclusive(path: Path, deadline: float, why: str) -> Iterator[None]:
+def exclusive(path: Path, deadline: float, why: str, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold the lock file `path` (made if it is not there) while the body runs.
 
-    Waits up to `deadline` seconds for others; then raises UserError (status 1) that begins with `why`.
-    The kernel drops the lock of a process that dies.
+    Waits up to `deadline` seconds for others, calling `waiting` (who waits for long) every second; then
+    raises UserError (status 1) that begins with `why`. The kernel drops the lock of a process that dies.
     """
     with path.open("a") as file:
         until = time.monotonic() + deadline
@@ -29,5 +29,7 @@ def exclusive(path: Path, deadline: float, why: str) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > until:
                     raise failure(f"{why}, for over {deadline:.0f} s", f"see who: fuser {path}") from None
-                time.sleep(_POLL)
+                if waiting is not None:
+                    waiting()
+                time.sleep(_POLL if waiting is None else 1.0)
         yield
