@@ -332,9 +332,10 @@ def description(instance: Instance) -> dict[str, Any]:
 
 def _description_of_run(instance: Instance, started: Run) -> dict[str, Any]:
     alias = f"hostos-{instance.name}"
+    process = instance.process()
     return {
         "pid": started.pid,
-        "uptime_seconds": round(time.time() - started.started_at, 1),
+        "uptime_seconds": round(process.age_seconds(), 1) if process else 0.0,
         "hostname": started.hostname,
         "accelerator": started.accelerator,
         "accelerator_reason": started.accelerator_reason,

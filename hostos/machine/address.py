@@ -15,7 +15,10 @@ from hostos.machine.leases.model import parse_address
 # A lease that was there before the start is likely to be given again; after this many seconds it is tried.
 OLD_LEASE_SECONDS = 8.0
 _EVERY = 0.1
-_GRACE = 0.3
+# A server writes its lease down a moment after it has given it, and a file may be seen half written: the guest's
+# word is believed after this many seconds and looks without a lease (a loaded host may look once in a second).
+_GRACE = 0.5
+_LOOKS = 5
 _SAID = re.compile(rb"^network(?: ([0-9.]+))?$", re.M)
 
 
@@ -38,6 +41,7 @@ class Locator:
     _heard_at: float = 0.0
     _heard: bytes = b""
     _looked: float = 0.0
+    _looks: int = 0
     _found: Found | None = None
 
     def __post_init__(self) -> None:
@@ -50,15 +54,15 @@ class Locator:
         self._listen(now)
         if now - self._looked >= _EVERY or self._heard_at == now:
             self._looked = now
+            self._looks += 1
             self._found = find(self.sources, self.mac, self.hostname, time.time())
         found = self._found
         if found is not None and self._said and found.lease.address != self._said:
             # The guest knows best; the file has an older lease, or another server's.
             found = None
         if found is None and self._said:
-            # A server writes its lease down a moment after it has given it.
             about_to_be_written = any(source.fault != ABSENT for source in self.sources)
-            if about_to_be_written and now - self._heard_at < _GRACE:
+            if about_to_be_written and (now - self._heard_at < _GRACE or self._looks < _LOOKS):
                 return None
             return Found(Lease(self._said, self.mac, self.hostname), "said by the guest")
         if found is not None and found.lease == self._before and not self._trusted(now):
@@ -89,7 +93,7 @@ class Locator:
             self.announced = True
             address = parse_address((said[1] or b"").decode())
             if address and address != self._said:
-                self._said, self._heard_at = address, now
+                self._said, self._heard_at, self._looks = address, now, 0
 
     def why_not(self) -> str:
         """What each source says, for people."""

@@ -61,7 +61,10 @@ def bake(config: Config, image: OsImage, steps: Steps, *, wait: float = 0.0, for
         with contextlib.ExitStack() as undo:
             undo.callback(_discard, directory)
             private_dir(directory)
-            _make(template.baking(config, image, directory, _sockets(key)), image, key, undo, steps)
+            sockets = runtime_dir() / "t" / key[:12]
+            undo.callback(shutil.rmtree, sockets, ignore_errors=True)
+            private_dir(sockets)
+            _make(template.baking(config, image, directory, sockets), image, key, undo, steps)
             if made:
                 template.remove(made)
             directory.rename(place / key)
@@ -82,10 +85,6 @@ def _one_at_a_time(path: Path, wait: float) -> Iterator[None]:
         yield
 
 
-def _sockets(key: str) -> Path:
-    return private_dir(runtime_dir() / "t" / key[:12])
-
-
 def _make(config: Config, image: OsImage, key: str, undo: contextlib.ExitStack, steps: Steps) -> None:
     """Boot, save and end it; `undo` ends it in any case."""
     directory = config.pid_file.parent
@@ -96,7 +95,6 @@ def _make(config: Config, image: OsImage, key: str, undo: contextlib.ExitStack, 
         config.ram.file.touch(0o600)
         log = directory / "qemu.log"
         process = spawn(qemu.command(config), log)
-        undo.callback(shutil.rmtree, config.agent_socket.parent, ignore_errors=True)
         undo.callback(_end, config.pid_file)
         try:
             give_up = time.monotonic() + _BOOT_SECONDS * timeout_scale()

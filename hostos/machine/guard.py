@@ -10,6 +10,7 @@ from types import FrameType
 
 from hostos.errors import failure
 from hostos.machine.instance import Instance
+from hostos.machine.lock import locked
 
 
 @contextlib.contextmanager
@@ -25,6 +26,16 @@ def file_faults(instance: Instance) -> Iterator[None]:
             f"machine {instance.name!r}: {error.strerror or error}: {where}",
             "make room, or choose another place: HOSTOS_HOME=<directory>",
         ) from error
+
+
+@contextlib.contextmanager
+def at_work(instance: Instance, verb: str, *, wait: float = 0.0) -> Iterator[None]:
+    """Hold the lock of `instance` for the command `verb`, with `file_faults` and `unwinding_on_signals`.
+
+    `wait`: seconds to wait for another command that is at work on it. Raises UserError.
+    """
+    with unwinding_on_signals(), file_faults(instance), locked(instance.lock_file, instance.name, verb, wait=wait):
+        yield
 
 
 @contextlib.contextmanager

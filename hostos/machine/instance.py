@@ -44,11 +44,12 @@ LONGEST_SOCKET_NAME = 22
 class Run:
     """One start of a machine, as it was made (`run.json`); times in seconds since 1970.
 
+    `process_start` tells QEMU from another process with its pid (hostos.machine.process.start_of).
     `ready_at` is set once the last rung of the readiness ladder was reached.
     """
 
     pid: int
-    created: float
+    process_start: str
     started_at: float
     hostname: str
     ssh_port: int
@@ -175,15 +176,15 @@ class Instance:
     def exists(self) -> bool:
         return self.directory.is_dir()
 
-    def make_directories(self) -> None:
-        """Raises UserError if they cannot be made, or others could reach the sockets."""
-        for path in (self.directory, self.socket_dir):
-            try:
-                private_dir(path)
-            except OSError as error:
-                raise UserError(
-                    f"{path} cannot be made: {error.strerror}", "set HOSTOS_HOME to a place of yours"
-                ) from None
+    def make_directory(self) -> None:
+        """Make the machine's directory. Raises UserError if that cannot be done."""
+        private_dir(self.directory)
+
+    def make_socket_dir(self) -> None:
+        """Make the sockets' directory, which goes when QEMU has ended (hostos.machine.stop.tidy): whoever makes it
+        sees to that first. Raises UserError if it cannot be made, or others could reach what is in it.
+        """
+        private_dir(self.socket_dir)
         for path in (runtime_dir(), self.socket_dir):
             status = path.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
@@ -294,7 +295,7 @@ class Instance:
             return "suspended", ""
         if process is None:
             return "stopped", ""
-        if run is None or run.pid != process.pid or abs(run.created - process.created) > 1.0:
+        if run is None or (run.pid, run.process_start) != (process.pid, process.start):
             return "interrupted", "its start was interrupted before it was recorded"
         if run.ready_at is None:
             return "interrupted", "its start was interrupted before the guest was ready"

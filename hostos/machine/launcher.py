@@ -10,10 +10,9 @@ from hostos.errors import UserError, failure
 from hostos.machine import accel, configured, qemu, start, stop, suspend, template
 from hostos.machine.clone import CloneFailed
 from hostos.machine.files import Unreadable, write_json
-from hostos.machine.guard import file_faults, unwinding_on_signals
+from hostos.machine.guard import at_work, file_faults, unwinding_on_signals
 from hostos.machine.identity import existing_user_key, user_key_pair
 from hostos.machine.instance import Instance, Run
-from hostos.machine.lock import locked
 from hostos.machine.options import UpOptions
 from hostos.machine.plan import Memory, Plan, choose_ports, forwards, make_plan, remembered_options
 from hostos.machine.readiness import AcceleratorFailed
@@ -42,8 +41,8 @@ def up(name: str, options: UpOptions, steps: Steps) -> Instance:
     _refuse_running(instance)
     # Checked before anything is made: bad input changes nothing.
     _plan(instance, options, steps)
-    instance.make_directories()
-    with file_faults(instance), locked(instance.lock_file, name, "up"):
+    instance.make_directory()
+    with at_work(instance, "up"):
         _refuse_running(instance, locked=True)
         start_or_resume(instance, options, steps)
     return instance
@@ -59,8 +58,8 @@ def ensure_up(name: str, steps: Steps, options: UpOptions | None = None) -> Inst
         return instance
     if not instance.exists():
         _plan(instance, options or UpOptions(), steps)
-    instance.make_directories()
-    with file_faults(instance), locked(instance.lock_file, name, "up", wait=_WAIT_FOR_OTHERS):
+    instance.make_directory()
+    with at_work(instance, "up", wait=_WAIT_FOR_OTHERS):
         if instance.state(locked=True)[0] != "running":
             _refuse_running(instance, locked=True)
             steps.note(f"machine {name!r} is not running: starting it")
@@ -79,10 +78,13 @@ def dry_run(name: str, options: UpOptions, steps: Steps) -> list[str]:
     if instance.exists() and instance.process() is not None:
         steps.note(f"machine {name!r} is running: until it has ended, this command finds its files and ports in use")
         return qemu.command(plan.config)
-    instance.make_directories()
-    with file_faults(instance), locked(instance.lock_file, name, "up"):
+    instance.make_directory()
+    with at_work(instance, "up"), contextlib.ExitStack() as undo:
+        _refuse_running(instance, locked=True)
+        undo.callback(stop.tidy, instance)
         plan = _with_keys(instance, plan)
         identity = start.make_files(instance, plan)
+        undo.pop_all()
     steps.note(f"its files are in {instance.directory}. Once it runs: ssh -F {instance.ssh_config} {identity.alias}")
     return qemu.command(plan.config)
 
@@ -90,7 +92,7 @@ def dry_run(name: str, options: UpOptions, steps: Steps) -> list[str]:
 def down(name: str, steps: Steps, *, timeout: float = stop.POWER_OFF_SECONDS) -> Stopped:
     """Power machine `name` off; raises UserError (status 2) if there is nothing to power off."""
     instance = Instance.load(name)
-    with file_faults(instance), locked(instance.lock_file, name, "down"):
+    with at_work(instance, "down"):
         if instance.saved.is_dir():
             raise UserError(
                 f"machine {name!r} is suspended", f"hostos resume -m {name}, or hostos rm --force -m {name}"
@@ -137,8 +139,7 @@ def start_or_resume(instance: Instance, options: UpOptions, steps: Steps) -> Non
                 f"machine {instance.name!r} is suspended: it comes back as it was, not with other options",
                 f"hostos resume{option}; or discard what it was doing: hostos up --cold{option}",
             )
-    with unwinding_on_signals():
-        suspend.resume(instance, steps)
+    suspend.resume(instance, steps)
 
 
 def _refuse_running(instance: Instance, *, locked: bool = False) -> None:
@@ -175,27 +176,31 @@ def _plan(instance: Instance, options: UpOptions, steps: Steps) -> Plan:
 
 
 def _start(instance: Instance, options: UpOptions, steps: Steps) -> Run:
-    """Start it, again if a port was taken meanwhile or KVM turns out not to work."""
+    """Start it; if that fails or is interrupted, nothing is left of it."""
     began = time.time()
     if stop.end(instance):
         steps.note(f"ended what an interrupted start of {instance.name!r} had left running")
-    instance.make_directories()
-    plan = _with_keys(instance, _plan(instance, options, steps))
-    write_json(instance.config_file, plan.options.to_json())
-
-    ports_tried = clones_failed = 0
-    _say_accelerator(plan, steps)
-    with unwinding_on_signals():
+    with contextlib.ExitStack() as undo:
+        undo.callback(stop.end, instance)
+        plan = _with_keys(instance, _plan(instance, options, steps))
+        write_json(instance.config_file, plan.options.to_json())
+        _say_accelerator(plan, steps)
         origin, bake_later = _origin(plan, steps)
+        run = _persist(instance, plan, origin, steps, began)
+        undo.pop_all()
+    if bake_later:
+        _bake_later(instance.name, plan)
+    return run
+
+
+def _persist(instance: Instance, plan: Plan, origin: Template | None, steps: Steps, began: float) -> Run:
+    """Start it, again if a port was taken meanwhile, the template is of no use or KVM turns out not to work."""
+    ports_tried = clones_failed = 0
     while True:
         try:
-            with unwinding_on_signals():
-                if origin:
-                    return start.clone(instance, plan, origin, steps, began)
-                run = start.boot(instance, plan, steps, began)
-            if bake_later:
-                _bake_later(instance.name, plan)
-            return run
+            if origin:
+                return start.clone(instance, plan, origin, steps, began)
+            return start.boot(instance, plan, steps, began)
         except CloneFailed as failed:
             assert origin is not None
             clones_failed += 1

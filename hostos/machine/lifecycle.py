@@ -7,9 +7,8 @@ import shutil
 from hostos.errors import UserError
 from hostos.machine import launcher, stop
 from hostos.machine import suspend as saving
-from hostos.machine.guard import file_faults, unwinding_on_signals
+from hostos.machine.guard import at_work
 from hostos.machine.instance import Instance
-from hostos.machine.lock import locked
 from hostos.machine.options import UpOptions
 from hostos.steps import Steps
 
@@ -20,21 +19,20 @@ def suspend(name: str, steps: Steps) -> int:
     If it fails or is interrupted the machine runs on. Raises UserError.
     """
     instance = Instance.load(name)
-    with file_faults(instance), locked(instance.lock_file, name, "suspend"):
+    with at_work(instance, "suspend"):
         state, why = instance.state(locked=True)
         if state != "running" and not (state == "suspended" and why):
             raise UserError(
                 f"machine {name!r} is not running: it is {state}" + (f" ({why})" if why else ""),
                 f"hostos resume -m {name}" if state == "suspended" else f"hostos up -m {name}",
             )
-        with unwinding_on_signals():
-            return saving.suspend(instance, steps)
+        return saving.suspend(instance, steps)
 
 
 def resume(name: str, steps: Steps) -> Instance:
     """Bring a suspended machine back. Raises UserError; what was saved is kept then."""
     instance = Instance.load(name)
-    with file_faults(instance), locked(instance.lock_file, name, "resume"), unwinding_on_signals():
+    with at_work(instance, "resume"):
         saving.resume(instance, steps)
     return instance
 
@@ -42,7 +40,7 @@ def resume(name: str, steps: Steps) -> Instance:
 def restart(name: str, options: UpOptions, steps: Steps, *, timeout: float = stop.POWER_OFF_SECONDS) -> Instance:
     """Power machine `name` off, if it runs, and start it again. Raises UserError."""
     instance = Instance.load(name)
-    with file_faults(instance), locked(instance.lock_file, name, "restart"):
+    with at_work(instance, "restart"):
         if instance.state(locked=True)[0] == "suspended":
             raise UserError(f"machine {name!r} is suspended", f"hostos resume {name}; or hostos up --cold -m {name}")
         process = instance.process()
@@ -55,7 +53,7 @@ def restart(name: str, options: UpOptions, steps: Steps, *, timeout: float = sto
 def remove(name: str, *, force: bool = False) -> None:
     """Delete machine `name` with its keys and logs. Raises UserError if it runs, unless `force`."""
     instance = Instance.load(name)
-    with file_faults(instance), locked(instance.lock_file, name, "rm"):
+    with at_work(instance, "rm"):
         state, why = instance.state(locked=True)
         if state not in ("stopped", "broken", "interrupted") and not force:
             option = "" if name == "default" else f" -m {name}"

@@ -10,10 +10,14 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+
+from hostos.machine import interrupts
 
 # Kept so that a child of this very process is reaped and its exit status known.
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -25,7 +29,7 @@ class QemuProcess:
     def __init__(self, process: psutil.Process) -> None:
         self._process = process
         self.pid: int = process.pid
-        self.created: float = process.create_time()
+        self.start: str = start_of(process.pid)
 
     def alive(self) -> bool:
         child = _children.get(self.pid)
@@ -48,6 +52,16 @@ class QemuProcess:
         except psutil.Error:
             return 0.0
         return float(times.user + times.system)
+
+    def age_seconds(self) -> float:
+        """How long ago it was started, whatever was done to this host's clock; 0.0 if it is gone."""
+        try:
+            if sys.platform == "linux":
+                ticks = int(start_of(self.pid).rpartition("/")[2])
+                return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+            return max(0.0, time.time() - float(self._process.create_time()))
+        except psutil.Error:
+            return 0.0
 
     def memory_bytes(self) -> int:
         """Memory it holds now; 0 if it is gone."""
@@ -73,6 +87,32 @@ class QemuProcess:
         return True
 
 
+def start_of(pid: int) -> str:
+    """When the process `pid` was started, as a word that stays the same as long as it lives and that no other
+    process with this pid has, also when this host's clock is set.
+
+    Linux: the boot and the clock ticks since it (proc_pid_stat(5), field 22; psutil's times move with the clock).
+    Elsewhere the kernel keeps the time of day there was then, which ps prints. Raises psutil.NoSuchProcess.
+    """
+    if sys.platform == "linux":
+        boot = ""
+        with contextlib.suppress(OSError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        try:
+            # The second field is the program's name in parentheses, in which anything may stand.
+            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            return f"{boot}/{int(fields[19])}"
+        except (OSError, IndexError):
+            raise psutil.NoSuchProcess(pid) from None
+    environment = {**os.environ, "LC_ALL": "C", "TZ": "UTC"}
+    shown = subprocess.run(
+        ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, env=environment, check=False
+    )
+    if shown.returncode or not shown.stdout.strip():
+        raise psutil.NoSuchProcess(pid)
+    return " ".join(shown.stdout.split())
+
+
 def spawn(command: Sequence[str], log: Path) -> QemuProcess:
     """Start `command` in a session of its own (a Ctrl-C at the terminal is not for it).
 
@@ -81,7 +121,8 @@ def spawn(command: Sequence[str], log: Path) -> QemuProcess:
     for pid, child in list(_children.items()):
         if child.poll() is not None:
             del _children[pid]
-    with log.open("wb") as out:
+    # Whoever ends what an interrupt has left finds it by its command line, which it has once it is QEMU.
+    with interrupts.held(), log.open("wb") as out:
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -90,9 +131,9 @@ def spawn(command: Sequence[str], log: Path) -> QemuProcess:
             start_new_session=True,
             cwd="/",
         )
-    _children[child.pid] = child
-    _as_nice(child.pid)
-    return QemuProcess(psutil.Process(child.pid))
+        _children[child.pid] = child
+        _as_nice(child.pid)
+        return QemuProcess(psutil.Process(child.pid))
 
 
 def lowest_priority() -> None:

@@ -116,7 +116,7 @@ def clone(instance: Instance, plan: Plan, template: Template, steps: Steps, bega
         undo.callback(stop.end, instance)
         with steps.step("QEMU started") as step:
             identity = ensure_identity(instance.identity_dir, instance.name)
-            instance.make_directories()
+            instance.make_socket_dir()
             write_ssh_config(instance, identity, plan.ssh_port)
             instance.serial_log.unlink(missing_ok=True)
             config = cloning.cloning(plan.config, template)
@@ -164,7 +164,7 @@ class _Stages:
 def make_files(instance: Instance, plan: Plan) -> Identity:
     """What QEMU's command line names and what leads into the guest afterwards."""
     identity = ensure_identity(instance.identity_dir, instance.name)
-    instance.make_directories()
+    instance.make_socket_dir()
     mounts = devices.lines(plan.config.disk, plan.config.shares)
     archive = instance_archive(identity, plan.hostname, plan.keys, mounts)
     combine_initrd(plan.image.initrd(), archive, instance.initrd)
@@ -194,7 +194,7 @@ def _spawn(command: list[str], instance: Instance) -> QemuProcess:
 def _run_record(plan: Plan, command: list[str], process: QemuProcess, began: float) -> Run:
     return Run(
         pid=process.pid,
-        created=process.created,
+        process_start=process.start,
         started_at=began,
         hostname=plan.hostname,
         ssh_port=plan.ssh_port,

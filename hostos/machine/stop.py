@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hostos.errors import UserError, failure
+from hostos.machine import interrupts
 from hostos.machine.instance import Instance
 from hostos.machine.options import timeout_scale
 from hostos.machine.process import QemuProcess, find_all
@@ -51,21 +52,24 @@ def stop(instance: Instance, process: QemuProcess, steps: Steps, *, timeout: flo
 
 def end(instance: Instance) -> list[int]:
     """Kill every QEMU of `instance` at once; returns their pids. Raises UserError if one stays."""
-    processes = find_all(instance.pid_file)
-    for process in processes:
-        if _signal(process, signal.SIGKILL, 5.0):
-            raise failure(f"QEMU (process {process.pid}) cannot be killed", "it may hang in the kernel: see dmesg")
-    tidy(instance)
+    # It undoes what was interrupted, so another Ctrl-C must not interrupt it.
+    with interrupts.held():
+        processes = find_all(instance.pid_file)
+        for process in processes:
+            if _signal(process, signal.SIGKILL, 5.0):
+                raise failure(f"QEMU (process {process.pid}) cannot be killed", "it may hang in the kernel: see dmesg")
+        tidy(instance)
     return [process.pid for process in processes]
 
 
 def tidy(instance: Instance) -> None:
     """Remove what a machine that has ended needs no more; logs and identity stay."""
-    instance.pid_file.unlink(missing_ok=True)
-    instance.initrd.unlink(missing_ok=True)
-    for leftover in instance.directory.glob(".*.*"):
-        leftover.unlink(missing_ok=True)
-    shutil.rmtree(instance.socket_dir, ignore_errors=True)
+    with interrupts.held():
+        instance.pid_file.unlink(missing_ok=True)
+        instance.initrd.unlink(missing_ok=True)
+        for leftover in instance.directory.glob(".*.*"):
+            leftover.unlink(missing_ok=True)
+        shutil.rmtree(instance.socket_dir, ignore_errors=True)
 
 
 # Each way returns "" if QEMU has ended, else what went wrong.

@@ -114,7 +114,7 @@ def resume(instance: Instance, steps: Steps) -> Run:
         # If suspend did not live to end it: it has been halted since.
         stop.end(instance)
         undo.callback(stop.end, instance)
-        instance.make_directories()
+        instance.make_socket_dir()
         ports = choose_ports(run.forwards, Memory(run.ssh_port, run.swarm_port))
         command = resuming(saved["command"], forwards(*ports, run.forwards))
         identity = ensure_identity(instance.identity_dir, instance.name)
@@ -124,7 +124,7 @@ def resume(instance: Instance, steps: Steps) -> Run:
                 run = replace(
                     run,
                     pid=process.pid,
-                    created=process.created,
+                    process_start=process.start,
                     ready_at=None,
                     ssh_port=ports[0],
                     swarm_port=ports[1],

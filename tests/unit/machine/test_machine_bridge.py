@@ -199,6 +199,8 @@ def test_what_the_guest_says_is_believed_where_no_file_tells(
     # A server that is here writes it down in a moment.
     assert locator.look() is None
     monkeypatch.setattr(address, "_GRACE", 0.0)
+    # A loaded host may look once in that time, and see a file half written.
+    assert [locator.look() for _ in range(3)] == [None, None, None]
     found = locator.look()
     assert found is not None
     assert (found.lease.address, found.source) == ("10.0.0.7", "said by the guest")
@@ -209,10 +211,31 @@ def test_what_the_guest_says_is_believed_where_no_file_tells(
     # It changes its address later; and then the connection ends.
     guest.sendall(b"network 127.0.0.1\nnetwork 10.0.0.9\n")
     guest.close()
-    for _ in range(2):
+    for _ in range(5):
         found = locator.look()
     assert found is not None
     assert found.lease.address == "10.0.0.9"
+
+
+def test_time_alone_or_looks_alone_do_not_make_the_guest_believed(
+    agent: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, guest = agent
+    locator = Locator([Known([])], MAC, "box", agent=ours)
+    guest.sendall(b"network 10.0.0.7\n")
+    assert {locator.look() for _ in range(20)} == {None}
+    monkeypatch.setattr(address, "_GRACE", 0.0)
+    found = locator.look()
+    assert found is not None
+    assert found.source == "said by the guest"
+    # Where there is no file, none is waited for.
+    ours, guest = socket.socketpair()
+    ours.setblocking(False)
+    with ours, guest:
+        guest.sendall(b"network 10.0.0.8\n")
+        found = Locator([Known([], fault="not there")], MAC, "box", agent=ours).look()
+    assert found is not None
+    assert found.lease.address == "10.0.0.8"
 
 
 def test_why_nothing_was_found() -> None:
@@ -224,11 +247,12 @@ def test_why_nothing_was_found() -> None:
 
 def test_a_guest_that_has_moved_is_found_by_its_lease(tmp_path: Path) -> None:
     instance = Instance.named("box")
-    instance.make_directories()
+    instance.make_directory()
+    instance.make_socket_dir()
     file = tmp_path / "leases"
     later = int(time.time()) + 3600
     started = Run(
-        pid=1, created=0, started_at=0, hostname="box", ssh_port=22, swarm_port=6881, accelerator="tcg",
+        pid=1, process_start="", started_at=0, hostname="box", ssh_port=22, swarm_port=6881, accelerator="tcg",
         accelerator_reason="", cpus=1, memory_mib=1, os_directory="", kernel_version="", command=[],
         net="bridge=br0", guest_address="10.0.0.1", host_address="10.0.0.254", found_by="x", mac=MAC,
         lease_files=[str(file)],

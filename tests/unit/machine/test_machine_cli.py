@@ -190,7 +190,7 @@ def test_a_disk_is_not_taken_from_a_machine_that_is_suspended(hostos: Run, home:
     started: dict[str, object] = dict.fromkeys(
         ["hostname", "accelerator", "accelerator_reason", "os_directory", "kernel_version"], ""
     )
-    started |= dict.fromkeys(["pid", "created", "started_at", "ssh_port", "swarm_port", "cpus", "memory_mib"], 0)
+    started |= dict.fromkeys(["pid", "process_start", "started_at", "ssh_port", "swarm_port", "cpus", "memory_mib"], 0)
     (other / "run.json").write_text(json.dumps({"schema": 1, "command": [], "disk": str(file), **started}))
     status, _, err = hostos("up", "--dry-run", "--disk", str(file))
     assert (status, f"{file} is in use by machine 'other'" in err) == (2, True), err

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hostos.errors import UserError
@@ -28,7 +29,8 @@ needs_qemu = pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="
 @pytest.fixture
 def instance() -> Instance:
     made = Instance.named("box")
-    made.make_directories()
+    made.make_directory()
+    made.make_socket_dir()
     return made
 
 
@@ -64,7 +66,7 @@ def qemu(instance: Instance) -> Iterator[process.QemuProcess]:
 
 def record(started: process.QemuProcess, ready_at: float | None) -> Run:
     return Run(
-        started.pid, started.created, time.time(), "box", 1, 2, "tcg", "", 1, 16, "/os", "6.12", [], ready_at=ready_at
+        started.pid, started.start, time.time(), "box", 1, 2, "tcg", "", 1, 16, "/os", "6.12", [], ready_at=ready_at
     )
 
 
@@ -76,7 +78,7 @@ def test_a_machine_that_never_was() -> None:
 
 
 @needs_qemu
-def test_state_is_found_out(instance: Instance, qemu: process.QemuProcess) -> None:
+def test_state_is_found_out(instance: Instance, qemu: process.QemuProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     assert instance.state()[0] == "interrupted"
     instance.write_run(record(qemu, None))
     assert instance.state()[0] == "interrupted"
@@ -85,10 +87,22 @@ def test_state_is_found_out(instance: Instance, qemu: process.QemuProcess) -> No
     assert instance.alive()
     # Another QEMU's record does not count.
     other = record(qemu, time.time())
-    instance.write_run(Run(**{**vars(other), "created": other.created - 60}))
+    instance.write_run(Run(**{**vars(other), "process_start": "another boot/1"}))
     assert instance.state()[0] == "interrupted"
     with pytest.raises(UserError, match="it is interrupted"):
         instance.require_running()
+    # Its start is no time of day: those move when the clock is set (psutil takes /proc/stat's boot time for them).
+    instance.write_run(record(qemu, time.time()))
+    with monkeypatch.context() as clock:
+        before = psutil.Process(qemu.pid).create_time()
+        clock.setattr(psutil._pslinux, "boot_time", lambda: 1.0)
+        assert psutil.Process(qemu.pid).create_time() < before - 86400
+        clock.setattr(time, "time", lambda real=time.time: real() + 86400 * 365)
+        assert instance.state() == ("running", "")
+        found = instance.process()
+        assert found is not None
+        assert found.start == qemu.start
+        assert 0 <= found.age_seconds() < 600
     instance.run_file.write_text("{")
     assert instance.state()[0] == "broken"
     qemu.signal(signal.SIGSTOP)
@@ -110,7 +124,8 @@ def test_many_may_ask_at_once(instance: Instance, qemu: process.QemuProcess) -> 
 @needs_qemu
 def test_a_reused_pid_is_not_taken_for_the_machine(instance: Instance, qemu: process.QemuProcess) -> None:
     other = Instance.named("other")
-    other.make_directories()
+    other.make_directory()
+    other.make_socket_dir()
     # The pid is alive and even a QEMU's, but its command line names another pid file.
     other.pid_file.write_text(str(qemu.pid))
     assert other.process() is None
@@ -223,4 +238,4 @@ def test_directories_are_private(instance: Instance) -> None:
 def test_a_socket_directory_of_somebody_else_is_refused(instance: Instance) -> None:
     os.chown(instance.socket_dir, 12345, 12345)
     with pytest.raises(UserError, match="belongs to somebody else"):
-        instance.make_directories()
+        instance.make_socket_dir()

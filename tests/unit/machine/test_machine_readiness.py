@@ -24,7 +24,8 @@ from hostos.machine.watch import PortTaken, Watch, clean
 @pytest.fixture
 def instance() -> Instance:
     made = Instance.named("box")
-    made.make_directories()
+    made.make_directory()
+    made.make_socket_dir()
     return made
 
 
