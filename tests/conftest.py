@@ -32,6 +32,23 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BOOT_SECONDS = 240.0
 
 
+# What runs machines and networks in real time: on a loaded host one packet or one deadline in thousands is lost.
+# A fault of ours fails twice. (docs/testing.md)
+RERUN_ONCE = frozenset({"boot", "fault", "swarm", "soak"})
+
+
+def pytest_configure() -> None:
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and so would everything they start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if RERUN_ONCE & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
 @dataclass(frozen=True)
 class Result:
     """A command that has ended."""
