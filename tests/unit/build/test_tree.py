@@ -177,3 +177,12 @@ def test_entries_keep_their_kind():
     tree = Tree()
     tree.add(Entry("/lib/x", stat.S_IFREG | 0o644, data=b"1"))
     assert list(tree.entries) == ["usr/lib/x"]
+
+
+def test_what_the_overlay_enables_and_masks_are_links():
+    """A copy of the repository that lost its symbolic links would boot a system in which nothing starts."""
+    system = initrd.OVERLAY / "etc/systemd/system"
+    enabled = [path for place in system.glob("*.wants") for path in place.iterdir()]
+    assert enabled
+    for path in [*enabled, system / "default.target", initrd.OVERLAY / "etc/resolv.conf"]:
+        assert path.is_symlink(), path
