@@ -27,6 +27,10 @@ SETTINGS: Any = {
     "connection_speed": 100,
     "torrent_connect_boost": 100,
     "min_reconnect_time": 1,
+    # Encrypted, as the seed wants it: pe_forced, with RC4.
+    "in_enc_policy": 0,
+    "out_enc_policy": 0,
+    "allowed_enc_level": 2,
     "listen_interfaces": "0.0.0.0:6999",
 }
 TIMEOUT_S = 600

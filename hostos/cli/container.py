@@ -17,6 +17,8 @@ import click
 
 from hostos.cli.common import json_option, machine_option, steps, talk_options
 from hostos.cli.completing import images
+from hostos.cli.links import read_link
+from hostos.cli.swarm import swarm_options, swarm_settings
 from hostos.errors import UserError
 
 
@@ -62,8 +64,13 @@ def container() -> None:
 @click.option("--peer", "peers", multiple=True, metavar="ADDR:PORT", help="Who has the image. Repeatable.")
 @click.option("--gateway", "gateways", multiple=True, metavar="URL",
               help="For a CID: who has it. Repeatable.  [default: http://127.0.0.1:8080]")  # fmt: skip
+@click.option("--web-seed", "web_seeds", multiple=True, metavar="URL",
+              help="A plain web server that has the image (hostos image export). Repeatable.")  # fmt: skip
 @click.option("--bind", "binds", multiple=True, metavar="PATH[:TO][:ro]", help="Show a path of the guest. Repeatable.")
-@click.option("--network", type=click.Choice(["none", "nat", "host"]), default="none", show_default=True)
+@click.option("--network", type=click.Choice(["nat", "none", "host"]), default="nat", show_default=True,
+              help="Its own, from where it can connect out; none; or the machine's.")  # fmt: skip
+@click.option("--publish", "publish", multiple=True, metavar="[ADDR:]HOST:PORT",
+              help="PORT of the container on this host, 127.0.0.1 unless ADDR says otherwise. Repeatable.")  # fmt: skip
 @click.option("--read-only", is_flag=True, help="The container can't change its root.")
 @click.option("--size", "--tmpfs-size", default="50%", show_default=True, metavar="SIZE",
               help="Memory its changes may take.")  # fmt: skip
@@ -83,6 +90,8 @@ def container() -> None:
               help="For its init to say that it is up.")  # fmt: skip
 @click.option("--complete", default="", metavar="off|on|RATE",
               help="Fetch the rest of the image, too, while idle (RATE: at most e.g. 2M a second).")  # fmt: skip
+@click.option("--download-limit", metavar="RATE", help="Bytes a second, e.g. 500K or 2M.  [default: none]")
+@swarm_options
 @click.option("--bare", is_flag=True, help="Give the guest nothing but the hash, as another host would.")
 @click.option("--no-up", is_flag=True, help="Don't start the machine if it isn't running.")
 @json_option
@@ -93,8 +102,10 @@ def boot(
     name: str | None,
     peers: tuple[str, ...],
     gateways: tuple[str, ...],
+    web_seeds: tuple[str, ...],
     binds: tuple[str, ...],
     network: str,
+    publish: tuple[str, ...],
     read_only: bool,
     size: str,
     persist: str,
@@ -107,13 +118,19 @@ def boot(
     read_deadline: float,
     wait: float,
     complete: str,
+    download_limit: str | None,
+    lan: bool,
+    public: bool,
+    upload_limit: str | None,
+    encryption: str | None,
     bare: bool,
     no_up: bool,
     as_json: bool,
     command: tuple[str, ...],
     nspawn: tuple[str, ...],
 ) -> int:
-    """Boot IMAGE: a hash, a magnet link, an IPFS CID, or the name of an image of this host.
+    """Boot IMAGE: a hash, a magnet link, an IPFS CID, or the name of an image of this host; or @FILE, which holds
+    a link (@-: standard input).
 
     \b
     With a command it runs that, with this terminal, and ends with its exit status:
@@ -122,21 +139,35 @@ def boot(
       hostos container boot 7aecf24720… && hostos container shell NAME
     """
     from hostos import config
-    from hostos.cli import live
+    from hostos.cli import live, publishing
     from hostos.live.cid import looks_like_cid
     from hostos.live.container import Options, parse_bind
     from hostos.live.limits import Limits
+    from hostos.live.private import key_to_text
+    from hostos.live.published import Port
     from hostos.live.schedule import Rest
 
     if init and command:
         raise UserError("--init and a command exclude each other", "leave one of them out")
     # Everything that can be wrong on this side is found before anything is started.
+    image, key = read_link(image)
     if looks_like_cid(image):
         gateways = gateways or tuple(config.get("container.gateways") or ())
     else:
         peers = peers or tuple(config.get("container.peers") or ())
-    wanted = live.resolve(image, peers, gateways)
+        web_seeds = web_seeds or tuple(config.get("container.web_seeds") or ())
+    swarm = swarm_settings(
+        lan=lan,
+        public=public,
+        encryption=encryption,
+        upload_limit=upload_limit or config.get("swarm.upload_limit"),
+        download_limit=download_limit or config.get("swarm.download_limit"),
+    )
+    wanted = live.resolve(image, peers, gateways, web_seeds, discovers=swarm.discovers)
+    forwards = publishing.parse(publish)
     Options(
+        publish=tuple(Port(0, forward.guest_port) for forward in forwards),
+        network=network,  # type: ignore[arg-type]
         name=name or "new",
         command=command,
         binds=tuple(parse_bind(bind) for bind in binds),
@@ -151,7 +182,8 @@ def boot(
         tty = sys.stdin.isatty() and sys.stdout.isatty()
     told = steps()
     with live.guest(machine, told, start=not no_up) as guest:
-        where = live.peers_and_bundle(wanted, guest.instance, bare=bare)
+        where = live.peers_and_bundle(wanted, guest.instance, bare=bare, swarm=swarm)
+        secret = key_to_text(key) if (key := key or live.own_key(wanted)) else None
         if wanted.bundle:
             own_command = bool(wanted.bundle.manifest.boot.command)
         elif command or init:
@@ -170,6 +202,7 @@ def boot(
             binds=list(binds),
             nspawn=list(nspawn),
             network=network,
+            publish=publishing.asked(forwards, guest.instance),
             read_only=read_only,
             upper_size=size,
             persist=persist,
@@ -180,13 +213,17 @@ def boot(
             read_deadline=read_deadline,
             hold=attached,
             complete=complete or None,
+            key=secret,
             **where,
         )
         made = str(prepared["name"])
         for warning in prepared.get("warnings", ()):
             told.warning(warning)
         if attached:
-            return _run_attached(guest, made, prepared["argv"], tty=tty, as_json=as_json)
+            with publishing.published(guest.instance, forwards, prepared["published"], keep=False):
+                return _run_attached(guest, made, prepared["argv"], tty=tty, as_json=as_json)
+        with publishing.published(guest.instance, forwards, prepared["published"], keep=True):
+            pass
         ready = guest.ask("start", within=wait, name=made, ready_within=wait)["ready"]
         figures = guest.ask("stats", name=made)
         seconds = _since_start()
@@ -378,10 +415,11 @@ def timeline(machine: str, name: str, target: Path) -> None:
 @click.argument("name")
 def stop(machine: str, timeout: float, as_json: bool, name: str) -> None:
     """Shut container NAME down."""
-    from hostos.cli import live
+    from hostos.cli import live, publishing
 
     with live.guest(machine, steps(), start=False) as guest:
         figures = guest.ask("stop", within=timeout + 30.0, name=name, deadline=timeout)
+        publishing.withdraw(guest.instance, figures.get("published", {}))
     if as_json:
         click.echo(json.dumps(figures, indent=2))
     else:

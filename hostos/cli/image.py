@@ -54,6 +54,7 @@ def image() -> None:
 @click.option(
     "--recording", type=click.Path(path_type=Path), metavar="FILE", help="Pack in the order recorded in FILE."
 )
+@click.option("--private", is_flag=True, help="Encrypt it: only who has its link (hostos image link) can read it.")
 @click.option("--ipfs", is_flag=True, help="Also add it to an IPFS node, and print its CID after the hash.")
 @api_option
 @trace_options
@@ -69,6 +70,7 @@ def publish(
     piece_size: int | None,
     traces: tuple[str, ...],
     recording: Path | None,
+    private: bool,
     ipfs: bool,
     ipfs_api: str | None,
     save: Path | None,
@@ -115,12 +117,49 @@ def publish(
             # Only the traced image was asked for.
             if result.hash not in {*before, made}:
                 store.remove(result.hash)
+    if private:
+        from hostos.image import privacy
+
+        plain = made
+        store = Store()
+        try:
+            made = privacy.encrypt(store, store.get(plain), told)
+        finally:
+            # Nor was the plain one, nor may it be seeded.
+            if plain not in before:
+                store.remove(plain)
     seeded = seeding.reload()
     click.echo(made)
     after = "seeding it already" if seeded else "offer it with: hostos seed start"
     click.echo(f"{name}: {_size(Store().get(made).manifest.size)}, {result.packed.architecture}; {after}", err=True)
+    if private:
+        click.echo(f"private: hostos image link {name} prints the link with its key", err=True)
     if ipfs or ipfs_api:
         click.echo(adding.add(Store(), Store().get(made), ipfs_api or adding.DEFAULT_API, told))
+
+
+@image.command()
+@click.argument("reference", metavar="HASH|NAME", shell_complete=images)
+@click.option("--peer", "peers", multiple=True, metavar="ADDR:PORT", help="Who has it. Repeatable.  "
+              "[default: this host's seed, if it runs]")  # fmt: skip
+@click.option("--web-seed", "web_seeds", multiple=True, metavar="URL", help="A web server that has it. Repeatable.")
+def link(reference: str, peers: tuple[str, ...], web_seeds: tuple[str, ...]) -> None:
+    """Print the link to an image; of a private one with its key, so mind who sees it.
+
+    \b
+      hostos image link web/secret --peer 192.0.2.7:6881 > secret.link
+      hostos container boot @secret.link
+    """
+    from hostos.cli import links
+    from hostos.image import seeding
+    from hostos.image.store import Store
+    from hostos.live.torrents import parse_peer, parse_web_seed
+
+    store = Store()
+    found = store.get(reference)
+    seed = seeding.status()
+    asked = tuple(parse_peer(peer) for peer in peers) or ((seed.address,) if seed else ())
+    click.echo(links.link(found, asked, tuple(str(parse_web_seed(url)) for url in web_seeds)))
 
 
 @image.command(name="ipfs")
@@ -139,6 +178,32 @@ def add_to_ipfs(reference: str, ipfs_api: str | None) -> None:
     found = store.get(reference)
     adding.check(api)
     click.echo(adding.add(store, found, api, steps()))
+
+
+@image.command()
+@click.argument("reference", metavar="HASH|NAME", shell_complete=images)
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--url", metavar="URL", help="Where DIRECTORY will be found; then the link to the image is printed.")
+def export(reference: str, directory: Path, url: str | None) -> None:
+    """Write an image into DIRECTORY, from where any web server that knows ranges can serve it.
+
+    Several images may share a directory. Nobody has to trust the server: all is verified against the hash.
+
+    \b
+      hostos image export web/debian /srv/www/hostos --url https://example.org/hostos
+      hostos container boot HASH --web-seed https://example.org/hostos
+    """
+    from hostos.image import exporting
+    from hostos.image.store import Store
+    from hostos.live.torrents import parse_web_seed
+
+    address = str(parse_web_seed(url)) if url else ""
+    store = Store()
+    found = store.get(reference)
+    written = exporting.export(store, found, directory, steps())
+    if address:
+        click.echo(store.bundle(found.hash).torrent.magnet(web_seeds=(address,)))
+    click.echo(f"{found.name}: {_size(written)} written; boot it with --web-seed {address or 'URL'}", err=True)
 
 
 @image.command()
@@ -177,6 +242,11 @@ def trace(
         raise UserError("--recording excludes a command, --also and --save", "leave them out")
     store = Store()
     found = store.get(reference)
+    if any(layer.cipher for layer in found.manifest.layers):
+        raise UserError(
+            f"image {found.name} is encrypted: it can't be sorted any more",
+            "trace it while it is published: hostos image publish … --private --trace COMMAND",
+        )
     how = None
     if not recording:
         how = _how(others, seconds, machine)
@@ -273,6 +343,7 @@ def inspect(reference: str, as_json: bool) -> None:
         ("command", " ".join(map(repr, boot.command)) or "the image's init"),
         *(("env", f"{key}={value!r}") for key, value in boot.env),
         ("user", boot.user or "root"),
+        *([("private", cipher)] if (cipher := bundle.manifest.layers[-1].cipher) else []),
         *([("workdir", boot.workdir)] if boot.workdir else []),
         *([("ports", " ".join(boot.ports))] if boot.ports else []),
         ("boot trace", _traced(bundle.trace)),
@@ -302,13 +373,15 @@ def _traced(trace: Any) -> str:
 @click.argument("references", metavar="HASH|NAME...", nargs=-1, required=True, shell_complete=images)
 def rm(references: tuple[str, ...]) -> None:
     """Remove images and the layers no other image uses."""
-    from hostos.image import seeding
+    from hostos.image import privacy, seeding
     from hostos.image.store import Store
 
     store = Store()
     # All of them must exist before the first one goes.
     hashes = [_removable(store, reference) for reference in references]
     free = sum(store.remove(item) for item in dict.fromkeys(hashes))
+    for item in hashes:
+        privacy.forget(item)
     seeding.reload()
     click.echo(f"{_size(free)} free", err=True)
 

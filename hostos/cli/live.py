@@ -15,7 +15,9 @@ from hostos.image.store import Store
 from hostos.live import cid
 from hostos.live.client import Client
 from hostos.live.gateways import parse_gateway
-from hostos.live.torrents import ImageBundle, parse_image_reference, parse_peer
+from hostos.live.http import parse_url
+from hostos.live.swarm_settings import SwarmSettings
+from hostos.live.torrents import ImageBundle, parse_image_reference, parse_peer, parse_web_seed
 from hostos.machine.connection import Connection, ConnectionLost, connect
 from hostos.machine.instance import Instance
 from hostos.steps import Steps
@@ -32,29 +34,39 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 class Wanted:
     """An image to boot: its hash, who may have it, and its metadata if this host's store has it.
 
-    `gateways`: addresses of those who may have it if `image` is a CID."""
+    `gateways`: addresses of those who may have it if `image` is a CID; `web_seeds`: of servers that do."""
 
     image: str
     peers: tuple[str, ...]
     bundle: ImageBundle | None = None
     gateways: tuple[str, ...] = ()
+    web_seeds: tuple[str, ...] = ()
 
 
 DEFAULT_GATEWAY = "http://127.0.0.1:8080"
 """Where a local node listens; no other is ever asked by itself."""
 
 
-def resolve(text: str, peers: tuple[str, ...], gateways: tuple[str, ...] = ()) -> Wanted:
+def resolve(
+    text: str,
+    peers: tuple[str, ...],
+    gateways: tuple[str, ...] = (),
+    web_seeds: tuple[str, ...] = (),
+    *,
+    discovers: bool = False,
+) -> Wanted:
     """Find out what `text` (a hash, a magnet link, a CID, a name or the beginning of a hash) stands for.
 
-    `peers`: `HOST:PORT` to ask; `gateways`: addresses, for CIDs. Nothing is contacted. Raises UserError:
-    malformed, unknown, or not in the store and nobody to ask.
+    `peers`: `HOST:PORT` to ask; `gateways`: addresses, for CIDs; `web_seeds`: addresses, for hashes;
+    `discovers`: peers may be found that nobody named. Nothing is contacted. Raises UserError: malformed,
+    unknown, or not in the store and nobody to ask.
     """
     named = [parse_peer(peer) for peer in peers]
+    servers = tuple(str(parse_web_seed(url)) for url in web_seeds)
     asked_for = tuple(str(parse_gateway(gateway)) for gateway in gateways)
     if cid.looks_like_cid(text):
-        if named:
-            raise UserError("a CID is fetched from gateways, not from peers", "name one: --gateway URL")
+        if named or servers:
+            raise UserError("a CID is fetched from gateways, not from peers or web seeds", "name one: --gateway URL")
         return Wanted(str(cid.parse(text)), (), gateways=asked_for or (DEFAULT_GATEWAY,))
     if asked_for:
         raise UserError("--gateway is for CIDs", "for a hash, say who has it: --peer HOST:PORT")
@@ -69,20 +81,28 @@ def resolve(text: str, peers: tuple[str, ...], gateways: tuple[str, ...] = ()) -
                 raise
             raise UserError(f"there is no image {text[:80]!r} here", "hostos image ls") from error
         asked = tuple(dict.fromkeys((*named, *reference.peers)))
-        if not asked:
+        servers = tuple(dict.fromkeys((*servers, *reference.web_seeds)))
+        if not asked and not servers and not discovers:
             raise UserError(
                 f"image {reference.info_hash[:16]}… is not in this host's store, and no peer was named",
-                "say who has it: --peer HOST:PORT",
+                "say who has it: --peer HOST:PORT or --web-seed URL; or look for it: --lan, --public",
             )
-        return Wanted(reference.info_hash, asked)
+        return Wanted(reference.info_hash, asked, web_seeds=servers)
     if stored.missing:
-        if not named:
+        if not named and not servers:
             raise UserError(
                 f"layers of image {stored.name} are missing in the store, and no peer was named",
                 "publish it again, or say who has it: --peer HOST:PORT",
             )
-        return Wanted(stored.hash, tuple(named))
-    return Wanted(stored.hash, tuple(named), store.bundle(stored.hash))
+        return Wanted(stored.hash, tuple(named), web_seeds=servers)
+    return Wanted(stored.hash, tuple(named), store.bundle(stored.hash), web_seeds=servers)
+
+
+def own_key(wanted: Wanted) -> bytes | None:
+    """The key of a private image that this host has."""
+    from hostos.image import privacy
+
+    return privacy.key_of(wanted.image)
 
 
 def seen_from_guest(peers: tuple[str, ...], instance: Instance) -> tuple[str, ...]:
@@ -102,12 +122,12 @@ def seen_from_guest(peers: tuple[str, ...], instance: Instance) -> tuple[str, ..
     return tuple(dict.fromkeys(result))
 
 
-def gateways_from_guest(gateways: tuple[str, ...], instance: Instance) -> list[str]:
-    """`gateways` as the guest has to call them."""
-    urls = [parse_gateway(gateway) for gateway in gateways]
+def urls_from_guest(urls: tuple[str, ...], instance: Instance) -> list[str]:
+    """Addresses of gateways or web seeds as the guest has to call them."""
+    parsed = [parse_url(url) for url in urls]
     here = str(instance.host_address_from_guest)
-    # A certificate is for a name: such a gateway can only be asked under that name.
-    return [str(replace(url, host=here) if url.loopback and not url.secure else url) for url in urls]
+    # A certificate is for a name: such a server can only be asked under that name.
+    return [str(replace(url, host=here) if url.loopback and not url.secure else url) for url in parsed]
 
 
 @dataclass
@@ -158,19 +178,24 @@ def guest(machine: str, steps: Steps, *, start: bool) -> Iterator[Guest]:
         yield Guest(instance, connection, client, seconds)
 
 
-def peers_and_bundle(wanted: Wanted, instance: Instance, *, bare: bool) -> dict[str, Any]:
+def peers_and_bundle(
+    wanted: Wanted, instance: Instance, *, bare: bool, swarm: SwarmSettings | None = None
+) -> dict[str, Any]:
     """The fields of a request that say where the image comes from; starts the seed if it is ours.
 
-    `bare`: hand over nothing but the hash, as if this host did not know the image.
+    `swarm`: how the guest is to deal with strangers (None: as it does); `bare`: hand over nothing but the hash, as
+    if this host did not know the image.
     """
     peers = seen_from_guest(wanted.peers, instance)
     fields: dict[str, Any] = {"image": wanted.image}
+    if swarm is not None:
+        fields["swarm"] = swarm.to_dict()
     if wanted.gateways:
-        return {**fields, "gateways": gateways_from_guest(wanted.gateways, instance)}
+        return {**fields, "gateways": urls_from_guest(wanted.gateways, instance)}
     if wanted.bundle is not None:
         from hostos.image import seeding
 
-        seed = seeding.ensure_started()
+        seed = seeding.ensure_started(SwarmSettings(encryption=swarm.encryption) if swarm else None)
         seeding.reload()
         if instance.own_address:
             seeding.admit(instance.host_address_from_guest, instance.guest_address)
@@ -179,6 +204,8 @@ def peers_and_bundle(wanted: Wanted, instance: Instance, *, bare: bool) -> dict[
         if not bare:
             fields["bundle"] = json.loads(wanted.bundle.to_json())
     fields["peers"] = list(dict.fromkeys(peers))
+    if wanted.web_seeds:
+        fields["web_seeds"] = urls_from_guest(wanted.web_seeds, instance)
     return fields
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import click
 
-from hostos.errors import UserError
+from hostos.cli.swarm import swarm_options, swarm_settings
 from hostos.steps import Steps, Talk
 
 
@@ -16,26 +15,31 @@ from hostos.steps import Steps, Talk
 def seed() -> None:
     """Offer the images of this host over BitTorrent, in the background.
 
-    On loopback, for the guests of this host, unless told otherwise; never announced anywhere.
+    On loopback, for the guests of this host, unless told otherwise; announced nowhere without --lan or --public.
     """
 
 
 @seed.command()
 @click.option("--listen", metavar="ADDRESS[:PORT]", help="Default: 127.0.0.1 and the port it had last.")
-@click.option("--upload-limit", metavar="RATE", help="Bytes per second, e.g. 500K or 2M; default: none.")
+@swarm_options
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def start(listen: str | None, upload_limit: str | None, as_json: bool) -> None:
-    """Start the seed; returns when it listens. Does nothing if it runs already."""
+def start(
+    listen: str | None, lan: bool, public: bool, upload_limit: str | None, encryption: str | None, as_json: bool
+) -> None:
+    """Start the seed; returns when it listens. Does nothing if it runs already.
+
+    With --lan or --public others can find it; it then listens on every address unless --listen says where.
+    """
     from hostos import config
     from hostos.image import seeding
 
     listen = listen or config.get("seed.listen")
     upload_limit = upload_limit or config.get("seed.upload_limit")
-    limit = parse_rate(upload_limit) if upload_limit else 0
+    swarm = swarm_settings(lan=lan, public=public, encryption=encryption, upload_limit=upload_limit)
     if listen:
         seeding.parse_listen(listen)
     with Steps(Talk()).step("start the seed") as step:
-        info = seeding.start(listen, upload_limit=limit)
+        info = seeding.start(listen, swarm=swarm)
         step.detail = f"{info.address}, {len(info.details['torrents'])} torrents"
     _show(info.details, as_json)
 
@@ -76,12 +80,3 @@ def _show(details: dict[str, Any], as_json: bool) -> None:
     for torrent in details["torrents"]:
         line = f"{torrent['kind']:5}  {torrent['hash']}  {torrent['peers']} peers  {torrent['uploaded']} B sent"
         click.echo(line + (f"  {torrent['error']}" if torrent["error"] else ""))
-
-
-def parse_rate(text: str) -> int:
-    """Bytes per second from `500K`, `2M`, `1G` (powers of 1024) or a plain number. Raises UserError."""
-    match = re.fullmatch(r"([0-9]{1,9})([KMG]?)", text.strip().upper())
-    rate = int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]] if match else 0
-    if not 0 < rate < 1 << 31:
-        raise UserError(f"--upload-limit {text!r} is not a rate", "e.g. --upload-limit 500K (bytes per second)")
-    return rate

@@ -2,8 +2,8 @@
 
 Run in the background by `hostos.image.seeding`; speaks JSON lines over a Unix socket (one request,
 one answer): `{"op": "status"}`, `{"op": "reload"}`, `{"op": "stop"}`, `{"op": "admit", "host": …,
-"guest": …}`. Announces itself to nobody:
-no DHT, no trackers, no local discovery. That it lives is told by the lock it holds on its state
+"guest": …}`. Announces itself to nobody
+unless it was started with `--lan` or `--public`. That it lives is told by the lock it holds on its state
 directory, which the kernel drops with it.
 """
 
@@ -33,6 +33,7 @@ from hostos.image.seed_session import Door, listen
 from hostos.image.seeding import SCHEMA, Place
 from hostos.image.store import IMAGE_TORRENT, Store, StoredImage
 from hostos.live.nodelay import NoDelay
+from hostos.live.swarm_settings import SwarmSettings
 from hostos.live.torrents import parse_layer_torrent
 
 RESCAN = 1.0
@@ -142,11 +143,11 @@ class Daemon:
     """`ready` is called once everything is seeded and the control socket is open."""
 
     def __init__(
-        self, seeder: Seeder, place: Place, host: str, port: int, upload_limit: int, ready: Callable[[], None]
+        self, seeder: Seeder, place: Place, host: str, port: int, swarm: SwarmSettings, ready: Callable[[], None]
     ) -> None:
         self.seeder = seeder
         self.place = place
-        self.host, self.port, self.upload_limit = host, port, upload_limit
+        self.host, self.port, self.swarm = host, port, swarm
         self.ready = ready
         self.began = time.time()
         self.stopping = asyncio.Event()
@@ -220,7 +221,8 @@ class Daemon:
             "port": self.port,
             "store": str(self.seeder.store.root),
             "since": self.began,
-            "upload_limit": self.upload_limit,
+            "upload_limit": self.swarm.upload_limit,
+            "swarm": self.swarm.to_dict(),
             "also": [f"{host}:{self.port}" for host in self.door.hosts],
             "admitted": sorted(self.door.guests),
             "uploaded": sum(torrent["uploaded"] for torrent in torrents),
@@ -233,26 +235,27 @@ def _log(text: str) -> None:
     print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
 
 
-def _listen(place: Place, host: str, port: int | None, upload_limit: int) -> tuple[Any, int]:
+def _listen(place: Place, host: str, port: int | None, swarm: SwarmSettings) -> tuple[Any, int]:
     """On `port`, or else where it listened last time, or else on any free port."""
     if port is not None:
-        return listen(host, port, upload_limit)
+        return listen(host, port, swarm)
     with contextlib.suppress(UserError, OSError, ValueError):
         last = int(place.port.read_text())
         if 0 < last < 65536:
-            return listen(host, last, upload_limit)
-    return listen(host, 0, upload_limit)
+            return listen(host, last, swarm)
+    return listen(host, 0, swarm)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hostos.image.seed")
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, help="default: the last one, or any")
-    parser.add_argument("--upload-limit", type=int, default=0, help="bytes/s")
+    parser.add_argument("--swarm", default="{}", help="SwarmSettings, JSON")
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--socket", type=Path, required=True)
     options = parser.parse_args(arguments)
+    swarm = SwarmSettings.parse(json.loads(options.swarm))
     ready = detach()
     place = Place(options.state, options.socket)
     with place.running.open("a") as lock:
@@ -262,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
             _log("another seed runs already")
             return 3
         try:
-            session, port = _listen(place, options.host, options.port, options.upload_limit)
+            session, port = _listen(place, options.host, options.port, swarm)
         except UserError as error:
             _log(f"error: {error.message}")
             return 2
@@ -273,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
         seeder = Seeder(session, Store(options.store), _log)
 
         async def serve() -> None:
-            await Daemon(seeder, place, options.host, port, options.upload_limit, ready).run()
+            await Daemon(seeder, place, options.host, port, swarm, ready).run()
 
         asyncio.run(serve())
         place.info.unlink(missing_ok=True)

@@ -11,50 +11,43 @@ import psutil
 
 from hostos import __version__
 from hostos.errors import UserError
+from hostos.live.swarm_settings import SwarmSettings, limit_everyone
 
 LISTEN_DEADLINE = 5.0
 """Seconds libtorrent gets to open its listening socket."""
 
 
-def session(host: str, port: int, upload_limit: int) -> Any:
-    """A libtorrent session that only serves. `upload_limit`: bytes/s, 0 for none."""
+def session(host: str, port: int, swarm: SwarmSettings) -> Any:
+    """A libtorrent session that only serves."""
     address = f"[{host}]" if ":" in host else host
     categories = libtorrent.alert.category_t
-    result = libtorrent.session(
-        {
-            "listen_interfaces": f"{address}:{port}",
-            # The port that was asked for, or an error.
-            "max_retry_port_bind": 0,
-            "listen_system_port_fallback": False,
-            "enable_dht": False,
-            "enable_lsd": False,
-            "enable_upnp": False,
-            "enable_natpmp": False,
-            "enable_outgoing_tcp": False,
-            "enable_outgoing_utp": False,
-            # Over loopback uTP took 5.7 s for what TCP carries in 0.6 s.
-            "enable_incoming_utp": False,
-            "announce_to_all_trackers": False,
-            # Behind user networking every guest has the same address.
-            "allow_multiple_connections_per_ip": True,
-            "close_redundant_connections": False,
-            "unchoke_slots_limit": -1,
-            "active_seeds": -1,
-            "active_limit": -1,
-            "upload_rate_limit": upload_limit,
-            "send_buffer_watermark": 4 << 20,
-            "user_agent": f"hostos/{__version__}",
-            "peer_fingerprint": "-HO0100-",
-            "alert_mask": categories.error_notification | categories.status_notification,
-        }
-    )
-    # By default libtorrent exempts peers on local networks from the limit: all into the class that
-    # has it.
-    everyone = libtorrent.ip_filter()
-    limited = 1 << libtorrent.session.global_peer_class_id
-    everyone.add_rule("0.0.0.0", "255.255.255.255", limited)
-    everyone.add_rule("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", limited)
-    result.set_peer_class_filter(everyone)
+    settings: Any = {
+        "listen_interfaces": f"{address}:{port}",
+        # The port that was asked for, or an error.
+        "max_retry_port_bind": 0,
+        "listen_system_port_fallback": False,
+        **swarm.settings(),
+        "enable_upnp": False,
+        "enable_natpmp": False,
+        # In local discovery it is the one who has something that calls back.
+        "enable_outgoing_tcp": swarm.discovers,
+        "enable_outgoing_utp": False,
+        # Over loopback uTP took 5.7 s for what TCP carries in 0.6 s.
+        "enable_incoming_utp": False,
+        "announce_to_all_trackers": False,
+        # Behind user networking every guest has the same address.
+        "allow_multiple_connections_per_ip": True,
+        "close_redundant_connections": False,
+        "unchoke_slots_limit": -1,
+        "active_seeds": -1,
+        "active_limit": -1,
+        "send_buffer_watermark": 4 << 20,
+        "user_agent": f"hostos/{__version__}",
+        "peer_fingerprint": "-HO0100-",
+        "alert_mask": categories.error_notification | categories.status_notification,
+    }
+    result = libtorrent.session(settings)
+    limit_everyone(result)
     return result
 
 
@@ -113,9 +106,9 @@ def _accepts(host: str, port: int) -> bool:
     return any(each.status == psutil.CONN_LISTEN and each.laddr == (host, port) for each in found)
 
 
-def listen(host: str, port: int, upload_limit: int) -> tuple[Any, int]:
+def listen(host: str, port: int, swarm: SwarmSettings) -> tuple[Any, int]:
     """A session that really listens, and its port. `port` 0: any. Raises UserError."""
-    result = session(host, port, upload_limit)
+    result = session(host, port, swarm)
     deadline = time.monotonic() + LISTEN_DEADLINE
     reason = f"libtorrent opened nothing within {LISTEN_DEADLINE:.0f} s"
     tcp = libtorrent.socket_type_t.tcp

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from hostos.errors import UserError, failure
+from hostos.live.swarm_settings import SwarmSettings
 from hostos.locking import exclusive
 from hostos.paths import data_dir, private_dir, runtime_dir, state_dir
 
@@ -86,36 +87,36 @@ class SeedInfo:
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
 
-def start(listen: str | None = None, *, upload_limit: int = 0, place: Place | None = None) -> SeedInfo:
+def start(listen: str | None = None, *, swarm: SwarmSettings | None = None, place: Place | None = None) -> SeedInfo:
     """Start the seed unless it runs; returns when it listens.
 
-    `listen`: `ADDRESS[:PORT]`, default 127.0.0.1 with the last port or any; `upload_limit`: bytes/s,
-    0 for none. Raises UserError if the address can't be had or another seed runs elsewhere, a
-    failure if it doesn't listen within `START_DEADLINE` seconds.
+    `listen`: `ADDRESS[:PORT]`, default 127.0.0.1 (every address if others are to find it) with the last port
+    or any; `swarm`: how it deals with strangers. Raises UserError if the address can't be had
+    or another seed runs elsewhere, a failure if it doesn't listen within `START_DEADLINE` seconds.
     """
     place = place or Place.default()
-    host, port = parse_listen(listen) if listen else (DEFAULT_HOST, None)
-    if upload_limit < 0:
-        raise UserError(f"upload limit {upload_limit}: less than nothing")
+    wanted = swarm or SwarmSettings()
+    host, port = parse_listen(listen) if listen else ("0.0.0.0" if wanted.discovers else DEFAULT_HOST, None)
     private_dir(place.directory)
     private_dir(place.socket.parent)
     with exclusive(place.starting, START_DEADLINE + STOP_DEADLINE, "another hostos is starting or stopping the seed"):
         if (running := status(place)) is not None:
             same_place = listen is None or (host == running.host and port in (None, running.port))
-            if same_place and upload_limit in (0, running.details["upload_limit"]):
+            if same_place and (swarm is None or wanted.to_dict() == running.details.get("swarm")):
                 return running
             raise UserError(
-                f"the seed already runs on {running.host}:{running.port}", "hostos seed stop, then start it again"
+                f"the seed already runs on {running.host}:{running.port}, perhaps with other settings",
+                "hostos seed stop, then start it again",
             )
         if not _wait_unlocked(place, DYING_DEADLINE):
             raise failure(
                 "a seed runs but doesn't answer", f"hostos seed stop, then start it again; its log: {place.log}"
             )
-        return _spawn(place, host, port, upload_limit)
+        return _spawn(place, host, port, wanted)
 
 
-def _spawn(place: Place, host: str, port: int | None, upload_limit: int) -> SeedInfo:
-    command = [sys.executable, "-m", "hostos.image.seed", "--host", host, "--upload-limit", str(upload_limit)]
+def _spawn(place: Place, host: str, port: int | None, swarm: SwarmSettings) -> SeedInfo:
+    command = [sys.executable, "-m", "hostos.image.seed", "--host", host, "--swarm", json.dumps(swarm.to_dict())]
     command += ["--store", str(data_dir()), "--state", str(place.directory), "--socket", str(place.socket)]
     if port is not None:
         command += ["--port", str(port)]
@@ -149,9 +150,9 @@ def _early_exit(place: Place, began: int, code: int) -> UserError:
     )
 
 
-def ensure_started() -> SeedInfo:
-    """The running seed, started with the defaults (loopback) if there is none."""
-    return status() or start()
+def ensure_started(swarm: SwarmSettings | None = None) -> SeedInfo:
+    """The running seed, whatever its settings; if there is none it is started, on loopback."""
+    return status() or start(f"{DEFAULT_HOST}", swarm=swarm)
 
 
 def status(place: Place | None = None) -> SeedInfo | None:

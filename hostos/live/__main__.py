@@ -33,12 +33,16 @@ def main() -> int:
     parser.add_argument(
         "--no-systemd", action="store_true", help="PID 1 is not systemd: run containers as plain processes"
     )
+    parser.add_argument(
+        "--encryption", default="required", metavar="required|preferred|off", help="of connections between peers"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="what containers keep (default: the disk, or memory)")
     arguments = parser.parse_args()
     # After the arguments: --help must not pay for libtorrent.
     from hostos.live.cache import parse_limit
     from hostos.live.daemon import Config, run
     from hostos.live.schedule import Rest
+    from hostos.live.swarm_settings import SwarmSettings
 
     systemd = not arguments.no_systemd and Path("/run/systemd/system").is_dir()
     try:
@@ -54,6 +58,7 @@ def main() -> int:
                 rest=Rest.parse(arguments.complete),
                 systemd=systemd,
                 keep=arguments.keep.absolute() if arguments.keep else None,
+                swarm=SwarmSettings(encryption=arguments.encryption),
             )
         )
     except UserError as error:

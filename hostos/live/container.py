@@ -15,6 +15,7 @@ from typing import Literal
 from hostos.errors import UserError
 from hostos.live.limits import NO_LIMITS, Limits
 from hostos.live.manifest import BootConfig
+from hostos.live.published import Port
 from hostos.live.syscalls import IDS
 
 FIRST_BASE, LAST_BASE = 0x00080000, 0x6FFF0000
@@ -77,7 +78,8 @@ class Options:
 
     `command`: argv instead of the image's; `init`: boot the image's init instead of any command;
     `upper_size`: room for what the container writes; `persist`: the name under which that is kept;
-    `limits`: what it may take of the machine; `nspawn`: options passed on as they are.
+    `publish`: ports of its network that the machine listens on; `limits`: what it may take of the machine;
+    `nspawn`: options passed on as they are.
     """
 
     name: str
@@ -92,9 +94,15 @@ class Options:
     upper_size: str = "50%"
     limits: Limits = NO_LIMITS
     persist: str = ""
+    publish: tuple[Port, ...] = ()
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        if self.publish and self.network != "nat":
+            raise UserError(
+                f"with --network {self.network} there is nothing to publish",
+                "leave --publish out, or take --network nat",
+            )
         if self.persist:
             check_name(self.persist)
         if not SIZE.fullmatch(self.upper_size):

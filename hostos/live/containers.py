@@ -18,17 +18,19 @@ import trio
 
 from hostos.errors import UserError, failure
 from hostos.live import container as make
-from hostos.live import network
+from hostos.live import network, published
 from hostos.live.container import Options
 from hostos.live.image import Images, resolve
-from hostos.live.ipfs_image import IpfsTree
+from hostos.live.ipfs_image import IpfsImage, IpfsTree
 from hostos.live.kept import Kept, Store
 from hostos.live.leftovers import end_leftovers, forget
+from hostos.live.manifest import Manifest
 from hostos.live.mounts import Layers, check_binds, in_thread, mount_root
+from hostos.live.private import layer_key
 from hostos.live.protocol import event
 from hostos.live.running import START_LIMIT, Container
 from hostos.live.schedule import Rest
-from hostos.live.torrents import ImageBundle
+from hostos.live.torrents import ImageBundle, parse_web_seed
 from hostos.live.trace import pieces
 
 __all__ = ["START_LIMIT", "STOP_LIMIT", "Container", "Containers", "end_leftovers"]
@@ -120,12 +122,14 @@ class Containers:
         only_mount: bool = False,
         rest: Rest | None = None,
         trace: bool = False,
+        web: tuple[str, ...] = (),
+        key: bytes | None = None,
     ) -> Container:
         """Mount an image and make everything ready to run it. Raises UserError; then nothing is left.
 
         `deadline`: seconds for metadata and the first blocks; `read_deadline`: for each later read; `rest`:
         whether everything is fetched in the end (None: as the daemon was told); `trace`: note each
-        read, and fetch nothing ahead.
+        read, and fetch nothing ahead; `web`: addresses of web seeds; `key`: of a private image.
         """
         name = options.name
         if name in self._known:
@@ -136,7 +140,7 @@ class Containers:
         self._known[name] = None
         try:
             container = await self._prepare(
-                options, image, peers, tell, bundle, deadline, read_deadline, only_mount, rest, trace
+                options, image, peers, tell, bundle, deadline, read_deadline, only_mount, rest, trace, web, key
             )
         except BaseException:
             del self._known[name]
@@ -158,6 +162,8 @@ class Containers:
         only_mount: bool,
         rest: Rest | None,
         trace: bool,
+        web: tuple[str, ...],
+        key: bytes | None,
     ) -> Container:
         began = time.monotonic()
         milestones: dict[str, float] = {}
@@ -166,10 +172,11 @@ class Containers:
             milestones[name] = time.monotonic()
             await tell(event("step", name=name, seconds=round(time.monotonic() - began, 3)))
 
-        found = await self._images.load(image, peers, bundle=bundle, deadline=deadline)
+        found = await self._images.load(image, peers, bundle=bundle, deadline=deadline, web=web)
         await step("metadata")
         manifest = found.manifest
         _check_architecture(manifest.architecture)
+        _check_key(manifest, key)
         if not (options.init or only_mount or options.command or manifest.boot.command):
             raise UserError(
                 f"image {manifest.name} names no command",
@@ -197,18 +204,16 @@ class Containers:
             self._bases.add(base)
             container.stack.callback(self._bases.discard, base)
         try:
-            endpoints = await resolve(peers) if isinstance(found, ImageBundle) else []
-            command = () if options.init else options.command or manifest.boot.command
-            plan = found.trace.plan(command) if found.trace and not trace and not only_mount else ()
-            for number, named in enumerate(found.layers):
-                torrent = replace(named, owner=container.base or 0) if isinstance(named, IpfsTree) else named
-                ahead = pieces(plan, number, torrent.piece_size)
-                layer = await self._layers.acquire(torrent, endpoints, deadline, ahead=ahead, rest=rest, exact=trace)
-                container.plans.append(layer.plans[-1])
-                layer.source.deadline = max(read_deadline, 1.0)
-                container.layers.append(layer)
-                container.before[torrent.info_hash] = 0 if layer.users == 1 else layer.source.stats().downloaded
+            # It takes a dozen programs, so while the first blocks are on their way.
+            try:
+                async with trio.open_nursery() as meanwhile:
+                    if not only_mount and options.network == "nat":
+                        meanwhile.start_soon(self._make_network, container)
+                    await self._mount_layers(container, found, peers, web, key, trace, rest, deadline, read_deadline)
+            except BaseExceptionGroup as group:
+                raise (group.subgroup(UserError) or group).exceptions[0] from None
             await step("layers")
+            await self._publish(container)
             try:
                 container.root = await in_thread(
                     mount_root,
@@ -222,15 +227,6 @@ class Containers:
                 )
             except OSError as error:
                 raise failure(f"container {options.name}: its root cannot be mounted: {error}") from None
-            if not only_mount and options.network == "nat":
-                container.network = next(number for number in range(network.MOST) if number not in self._networks)
-                # At once, and until everything is undone: others may be prepared meanwhile.
-                self._networks.add(container.network)
-                container.stack.callback(self._networks.discard, container.network)
-                try:
-                    await in_thread(network.make, container.stack, container.network, container.place / "network")
-                except OSError as error:
-                    raise failure(f"container {options.name}: its network cannot be made: {error}") from None
             if not only_mount:
                 binds = await in_thread(check_binds, options.binds, container.base)
                 container.options = replace(options, binds=binds)
@@ -241,6 +237,63 @@ class Containers:
                 await self._undo(container)
             raise
         return container
+
+    async def _mount_layers(
+        self,
+        container: Container,
+        found: ImageBundle | IpfsImage,
+        peers: tuple[str, ...],
+        web: tuple[str, ...],
+        key: bytes | None,
+        trace: bool,
+        rest: Rest | None,
+        deadline: float,
+        read_deadline: float,
+    ) -> None:
+        """All layers of the image, lowest first. Raises UserError."""
+        options, manifest = container.options, found.manifest
+        endpoints = await resolve(peers) if isinstance(found, ImageBundle) else []
+        servers = [parse_web_seed(url) for url in web]
+        command = () if options.init else options.command or manifest.boot.command
+        plan = found.trace.plan(command) if found.trace and not trace and not container.only_mounted else ()
+        for number, named in enumerate(found.layers):
+            torrent = replace(named, owner=container.base or 0) if isinstance(named, IpfsTree) else named
+            ahead = pieces(plan, number, torrent.piece_size)
+            layer = await self._layers.acquire(
+                torrent,
+                endpoints,
+                deadline,
+                ahead=ahead,
+                rest=rest,
+                exact=trace,
+                web=servers,
+                key=layer_key(key, number) if key and manifest.layers[number].cipher else None,
+            )
+            container.plans.append(layer.plans[-1])
+            layer.source.deadline = max(read_deadline, 1.0)
+            container.layers.append(layer)
+            container.before[torrent.info_hash] = 0 if layer.users == 1 else layer.source.stats().downloaded
+
+    async def _make_network(self, container: Container) -> None:
+        """A network of its own. Raises UserError."""
+        container.network = next(number for number in range(network.MOST) if number not in self._networks)
+        # At once, and until everything is undone: others may be prepared meanwhile.
+        self._networks.add(container.network)
+        container.stack.callback(self._networks.discard, container.network)
+        try:
+            await in_thread(network.make, container.stack, container.network, container.network_file)
+        except OSError as error:
+            raise failure(f"container {container.options.name}: its network cannot be made: {error}") from None
+
+    async def _publish(self, container: Container) -> None:
+        """Have its ports listened on, for as long as it lives. Raises UserError."""
+        if container.network is None:
+            return
+        _, address = network.addresses(container.network)
+        for port in container.options.publish:
+            port, scope = await published.serve(self._nursery, port, container.network_file, address)
+            container.published.append(port)
+            container.listening.append(scope)
 
     async def _keep(self, options: Options, image: str) -> Kept:
         """What the container's changes are added to. Raises UserError."""
@@ -286,6 +339,8 @@ class Containers:
             self._timelines[container.options.name] = container.timeline()
             while len(self._timelines) > REMEMBERED_TIMELINES:
                 del self._timelines[next(iter(self._timelines))]
+        for scope in container.listening:
+            scope.cancel()
         await in_thread(container.stack.close)
         for layer, plan in zip(container.layers, container.plans, strict=False):
             layer.drop(plan)
@@ -368,6 +423,17 @@ class Containers:
 def _write_limits(path: Path, properties: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[Service]\n" + "".join(f"{each}\n" for each in properties))
+
+
+def _check_key(manifest: Manifest, key: bytes | None) -> None:
+    private = any(layer.cipher for layer in manifest.layers)
+    if private and key is None:
+        raise UserError(
+            f"image {manifest.name} is private, and its key was not given",
+            "put the link with its key into a file: hostos container boot @FILE",
+        )
+    if key is not None and not private:
+        raise UserError(f"image {manifest.name} is not private: a key is of no use", "leave it out")
 
 
 def _check_architecture(architecture: str) -> None:

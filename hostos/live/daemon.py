@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from hostos.live.operations import Operations
 from hostos.live.protocol import Request
 from hostos.live.schedule import REST_OFF, Rest
 from hostos.live.session import Swarm
+from hostos.live.swarm_settings import SwarmSettings
 
 CHUNK = 65536
 LOOK_OVER, LOOK_OVER_IDLE = 2.0, 60.0
@@ -42,7 +43,8 @@ class Config:
 
     `cache_size`: keep the cache in a tmpfs of this size, which outlives the daemon (None: wherever the
     directory is), at most `limit` bytes of layers (None: most of the file system). `rest`: whether whole
-    layers are fetched while nobody reads. `systemd`: run containers as units.
+    layers are fetched while nobody reads. `systemd`: run containers as units. `swarm`: how strangers are
+    dealt with until a request says otherwise.
     """
 
     socket: Path
@@ -55,6 +57,7 @@ class Config:
     rest: Rest = REST_OFF
     systemd: bool = True
     keep: Path | None = None
+    swarm: SwarmSettings = field(default_factory=SwarmSettings)
 
 
 class Connection:
@@ -202,6 +205,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 async def _serve(config: Config, files: fuse.Files, place: Path) -> None:
     swarm = Swarm(config.listen)
     swarm.log = log
+    swarm.apply(config.swarm)
     listener = await _listener(config.socket)
     try:
         async with trio.open_nursery() as services:

@@ -26,6 +26,10 @@ _PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+)*")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+Span = tuple[int, int]
+"""Offset and length of a part of a file, bytes."""
+
+
 class HttpError(Exception):
     """The answer is not one, or there is none. `str()` says why."""
 
@@ -115,23 +119,25 @@ class Connection:
         self.reusable = False
         await trio.aclose_forcefully(self._stream)
 
-    async def get(self, path: str, accept: str, limit: int) -> Answer:
+    async def get(self, path: str, accept: str, limit: int, span: Span | None = None) -> Answer:
         """The answer to a GET of `path` (below the URL's own), with at most `limit` bytes. Raises HttpError.
 
-        The caller sets the time limit; a connection that was given up must be closed.
+        `span`: only this part of the file (RFC 9110, 14.2); a server that sends all of it, or another part,
+        is refused. The caller sets the time limit; a connection that was given up must be closed.
         """
+        part = f"Range: bytes={span[0]}-{span[0] + span[1] - 1}\r\n" if span else ""
         request = (
             f"GET {self._url.path}{path} HTTP/1.1\r\nHost: {self._url.authority}\r\n"
-            f"Accept: {accept}\r\nAccept-Encoding: identity\r\nUser-Agent: hostos\r\n\r\n"
+            f"Accept: {accept}\r\nAccept-Encoding: identity\r\n{part}User-Agent: hostos\r\n\r\n"
         )
         self.fresh, self.reusable = False, False
         try:
             await self._stream.send_all(request.encode("ascii"))
-            return await self._answer(limit)
+            return await self._answer(limit, span)
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             raise HttpError(_reason(error)) from None
 
-    async def _answer(self, limit: int) -> Answer:
+    async def _answer(self, limit: int, span: Span | None) -> Answer:
         lines = await self._head()
         match = _STATUS.match(lines[0])
         if not match:
@@ -149,6 +155,12 @@ class Connection:
         keep = "close" not in fields.get("connection", "").lower() and lines[0].startswith(b"HTTP/1.1")
         if fields.get("content-encoding", "identity").lower() != "identity":
             raise HttpError("the answer is compressed, which was not asked for")
+        if span and status == 200:
+            raise HttpError("the server sends whole files only: it knows no ranges")
+        if span and status == 206:
+            sent = re.match(r"bytes ([0-9]{1,15})-([0-9]{1,15})/", fields.get("content-range", ""))
+            if not sent or (int(sent[1]), int(sent[2])) != (span[0], span[0] + span[1] - 1):
+                raise HttpError("the server sent another part of the file")
         if "transfer-encoding" in fields:
             if fields["transfer-encoding"].lower() != "chunked" or "content-length" in fields:
                 raise HttpError("the answer is in no form that is known")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import trio
 from hostos.errors import UserError, failure
 from hostos.live.blocks import Blocks
 from hostos.live.cid import looks_like_cid
+from hostos.live.http import Url
 from hostos.live.ipfs_image import IpfsImage
 from hostos.live.ipfs_image import load as load_ipfs
 from hostos.live.ledger import Endpoint
@@ -32,9 +33,11 @@ from hostos.live.torrents import (
     ImageBundle,
     layer_path,
     magnet,
+    parse_web_seed,
     verify_bundle,
     verify_files,
 )
+from hostos.live.web_seeds import fetch_image
 
 RESOLVE_LIMIT = 10.0
 """Seconds for looking up a peer's name."""
@@ -62,7 +65,7 @@ class Images:
     """Verified image metadata, kept in `directory` by hash (each use proves it again)."""
 
     def __init__(self, swarm: Swarm, nursery: trio.Nursery, directory: Path, blocks: Blocks) -> None:
-        self._swarm, self._nursery, self._directory, self._blocks = swarm, nursery, directory, blocks
+        self.swarm, self._nursery, self._directory, self._blocks = swarm, nursery, directory, blocks
 
     async def load(
         self,
@@ -71,11 +74,12 @@ class Images:
         *,
         bundle: Mapping[str, Any] | None = None,
         deadline: float = 30.0,
+        web: Sequence[str] = (),
     ) -> ImageBundle | IpfsImage:
         """The image with this hash (64 hex digits) or CID; `peers` are then addresses of gateways.
 
-        `deadline`: seconds for fetching it from `peers`. Raises UserError: no such image there,
-        nobody answered (the message names who was asked), or what came is not an image.
+        `web`: addresses of web seeds; `deadline`: seconds for fetching it from all these. Raises UserError: no
+        such image there, nobody answered (the message names who was asked), or what came is not an image.
         """
         if looks_like_cid(image):
             return await load_ipfs(self._blocks, image, peers, deadline)
@@ -86,7 +90,7 @@ class Images:
         kept: ImageBundle | None = await trio.to_thread.run_sync(self._kept, image)
         if kept:
             return kept
-        found = await self._fetch(image, tuple(peers), deadline)
+        found = await self._fetch_from(image, tuple(peers), [parse_web_seed(url) for url in web], deadline)
         await trio.to_thread.run_sync(self._keep, found)
         return found
 
@@ -115,17 +119,46 @@ class Images:
             target.write_bytes(data)
         new.rename(place)
 
+    async def _fetch_from(self, image: str, peers: tuple[str, ...], web: list[Url], deadline: float) -> ImageBundle:
+        """From peers and web seeds at once: whoever has it first."""
+        if not web:
+            return await self._fetch(image, peers, deadline)
+        found: list[ImageBundle] = []
+        why: list[UserError] = []
+        async with trio.open_nursery() as nursery:
+
+            async def one(fetch: Awaitable[ImageBundle]) -> None:
+                try:
+                    found.append(await fetch)
+                    nursery.cancel_scope.cancel()
+                except UserError as error:
+                    why.append(error)
+
+            async def from_web() -> ImageBundle:
+                with trio.move_on_after(deadline):
+                    return await fetch_image(web, image, self.swarm.log)
+                raise failure(f"no web seed had image {image[:16]}… within {deadline:g} s: {', '.join(map(str, web))}")
+
+            nursery.start_soon(one, from_web())
+            if peers or self.swarm.settings.discovers:
+                nursery.start_soon(one, self._fetch(image, peers, deadline))
+        if not found:
+            raise failure("; ".join(error.message for error in why), why[0].hint)
+        return found[0]
+
     # --- from peers -------------------------------------------------------------------------------
 
     async def _fetch(self, image: str, peers: tuple[str, ...], deadline: float) -> ImageBundle:
         asked = ", ".join(peers) or "no peer was named"
-        if not peers:
+        if self.swarm.settings.discovers:
+            asked += ", and those that " + ("the DHT" if self.swarm.settings.public else "the local network") + " knows"
+        if not peers and not self.swarm.settings.discovers:
             raise UserError(
                 f"image {image[:16]}… is not here and no peer is known that could have it",
-                "name one: --peer HOST:PORT",
+                "name one: --peer HOST:PORT or --web-seed URL",
             )
         endpoints = await resolve(peers)
-        if not endpoints:
+        if not endpoints and not self.swarm.settings.discovers:
             raise failure(f"none of the peers' names could be resolved: {asked}")
         began = time.monotonic()
         info = None
@@ -139,7 +172,7 @@ class Images:
         paths = check_metadata(info)
         place = self._directory / f".{image}.fetch"
         left = max(1.0, deadline - (time.monotonic() - began))
-        source = TorrentSource(self._swarm, from_metadata(info), place, endpoints, deadline=left, keep=True)
+        source = TorrentSource(self.swarm, from_metadata(info), place, endpoints, deadline=left, keep=True)
         try:
             source.start(self._nursery)
             # File by file: each begins a new piece, and the one before is not padded.
@@ -155,7 +188,7 @@ class Images:
     async def _metadata(self, image: str, endpoints: list[Endpoint]) -> Any:
         """The torrent's info dictionary, from peers; libtorrent checks it against the hash."""
         wait = _Metadata()
-        self._swarm.join(wait)
+        self.swarm.join(wait)
         try:
             while True:
                 parameters = lt.parse_magnet_uri(magnet(image))
@@ -165,17 +198,17 @@ class Images:
                 # Nothing of it is fetched before it is known to be an image.
                 parameters.flags |= lt.torrent_flags.default_dont_download
                 parameters.flags |= lt.torrent_flags.no_verify_files
-                wait.handle = self._swarm.session.add_torrent(parameters)
+                wait.handle = self.swarm.session.add_torrent(parameters)
                 try:
                     # Added anew now and then: an unreachable peer is otherwise tried too seldom.
-                    with trio.move_on_after(2.0):
+                    with trio.move_on_after(10.0 if self.swarm.settings.discovers else 2.0):
                         await wait.arrived.wait()
                         return wait.handle.torrent_file()
                 finally:
                     handle, wait.handle = wait.handle, None
-                    self._swarm.session.remove_torrent(handle)
+                    self.swarm.session.remove_torrent(handle)
         finally:
-            self._swarm.leave(wait)
+            self.swarm.leave(wait)
 
 
 class _Metadata:

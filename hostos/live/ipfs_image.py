@@ -122,7 +122,11 @@ async def _of_file(name: Cid, root: File, urls: tuple[Url, ...], fetch: unixfs.F
     return IpfsImage(str(name), _plain(name, root.size), (layer,))
 
 
-async def _layer(name: Cid, root: File, urls: tuple[Url, ...], fetch: unixfs.Fetch) -> IpfsLayer:
+async def _layer(
+    name: Cid, root: File, urls: tuple[Url, ...], fetch: unixfs.Fetch, *, encrypted: bool = False
+) -> IpfsLayer:
+    if encrypted:
+        return IpfsLayer(name, root, await piece_size(root, fetch), urls)
     head = await unixfs.read(root, 0, 96, fetch)
     if len(head) < 96 or not head.startswith(SQUASHFS):
         kind = next((kind for magic, kind in _OTHER.items() if head.startswith(magic)), "")
@@ -149,7 +153,7 @@ async def _of_directory(name: Cid, entries: dict[bytes, Link], urls: tuple[Url, 
         root = unixfs.decode(link.cid, await fetch(link.cid))
         if not isinstance(root, File) or root.size != layer.size:
             raise UserError(f"{name} is no image: layer {number} is not what its manifest says")
-        layers.append(await _layer(link.cid, root, urls, fetch))
+        layers.append(await _layer(link.cid, root, urls, fetch, encrypted=bool(layer.cipher)))
     trace = None
     if link := entries.get(TRACE_FILE.encode()):
         trace = Trace.parse(await _small(link, MAX_TRACE, fetch), [layer.size for layer in layers])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hostos.errors import UserError
+from hostos.live.private import CIPHER, SECTOR
 
 SCHEMA = 1
 """Schema of `manifest.json`; host and guest refuse any other."""
@@ -102,13 +103,14 @@ class Layer:
     """One file system of an image.
 
     `torrent`: v2 info-hash (64 hex) of the layer's own torrent; `size`: bytes; `file`: the name of
-    the single file in that torrent.
+    the single file in that torrent; `cipher`: how it is encrypted (`private`), if it is.
     """
 
     torrent: str
     size: int
     file: str
     format: str = "squashfs"
+    cipher: str = ""
 
     def __post_init__(self) -> None:
         if not _HASH.fullmatch(_text(self.torrent, "layer hash", 64)):
@@ -118,6 +120,10 @@ class Layer:
             raise _bad("a layer's file name is not hostos-<16 hex digits>.squashfs")
         if self.format not in FORMATS:
             raise _bad(f"layer format {_text(self.format, 'layer format', 40)!r} is not known")
+        if self.cipher not in ("", CIPHER):
+            raise _bad(f"layer cipher {_text(self.cipher, 'layer cipher', 40)!r} is not known")
+        if self.cipher and self.size % SECTOR:
+            raise _bad("an encrypted layer has no whole number of sectors")
 
 
 @dataclass(frozen=True)
@@ -199,7 +205,9 @@ class Manifest:
             "kind": KIND,
             "name": self.name,
             "architecture": self.architecture,
-            "layers": [vars(layer) for layer in self.layers],
+            "layers": [
+                {key: value for key, value in vars(layer).items() if value or key != "cipher"} for layer in self.layers
+            ],
             "boot": {key: value for key, value in boot.items() if value},
         }
         text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
@@ -237,7 +245,9 @@ class Manifest:
 
 
 def _layer(value: Any) -> Layer:
-    fields = _object(value, "a layer", ("torrent", "size", "file", "format"))
+    fields = _object(value, "a layer", ("torrent", "size", "file", "format"), ("cipher",))
+    if "cipher" in fields and fields["cipher"] != CIPHER:
+        raise _bad("layer cipher is not known")
     if not isinstance(fields["format"], str):
         raise _bad("layer format is not a string")
     return Layer(**fields)

@@ -23,6 +23,8 @@ STALL_FIRST, STALL_MOST = 1.0, 8.0
 """Seconds without a byte after which other sources are tried; doubled each time up to the most."""
 OFFLINE_FIRST, OFFLINE_MOST = 0.25, 2.0
 """Seconds between two attempts to reach anybody at all; doubled each time up to the most."""
+OFFLINE_PATIENT = 10.0
+"""The least of them while the same can be had elsewhere: what came meanwhile is handed over again each time."""
 
 Parameters = Callable[[], Any]
 """Makes fresh `add_torrent_params` with the torrent's metadata, nothing else set."""
@@ -55,6 +57,8 @@ class Membership:
         self._progress = time.monotonic()
         self._received = 0
         self._stall_after = STALL_FIRST
+        self.patient = False
+        """Nobody connected is no reason to hurry: there are other ways to get what is wanted."""
         self._offline_pause = OFFLINE_FIRST
         self._past = (0, 0, 0)  # downloaded, uploaded, wasted by earlier handles
 
@@ -73,7 +77,9 @@ class Membership:
         sources = self._ledger.sources()
         self._alone = sources[0] if self._ledger.careful and len(sources) == 1 else None
         if self._alone:
-            parameters.flags |= lt.torrent_flags.disable_pex
+            parameters.flags |= (
+                lt.torrent_flags.disable_pex | lt.torrent_flags.disable_dht | lt.torrent_flags.disable_lsd
+            )
         parameters.peers = list(sources)
         self._swarm.join(self)
         self.handle = self._swarm.session.add_torrent(parameters)
@@ -119,6 +125,11 @@ class Membership:
         if self.handle is not None:
             self.handle.flush_cache()
 
+    def give(self, piece: int, data: bytes) -> None:
+        """Hand libtorrent a piece that came another way: it keeps it, and serves it to others."""
+        if self.handle is not None:
+            self.handle.add_piece(piece, data, 0)
+
     # --- who sends what ---------------------------------------------------------------------------
 
     def on_alert(self, alert: Any) -> None:
@@ -152,10 +163,17 @@ class Membership:
         self._stall_after = STALL_FIRST
         self._swarm.wake()
 
+    def came(self) -> None:
+        """Something arrived another way."""
+        self._progress = time.monotonic()
+
     def lonely(self) -> str:
         """Why to join anew, if nobody is connected; else nothing."""
         now = time.monotonic()
         if self.handle is None or self.connected or now - self._joined <= self._offline_pause:
+            return ""
+        patient = self.patient or self._swarm.settings.discovers
+        if patient and (not self._ledger.sources() or now - self._joined <= OFFLINE_PATIENT):
             return ""
         self._offline_pause = min(2 * self._offline_pause, OFFLINE_MOST)
         return "nobody connected"

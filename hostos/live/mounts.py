@@ -19,17 +19,19 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from hostos.errors import UserError, failure
-from hostos.live import syscalls
+from hostos.live import dmcrypt, syscalls
 from hostos.live.blocks import Blocks
 from hostos.live.container import Bind
 from hostos.live.fuse import Files
 from hostos.live.gateways import Gateways
+from hostos.live.http import Url
 from hostos.live.ipfs_image import IpfsLayer, IpfsTree
 from hostos.live.ipfs_source import IpfsSource
 from hostos.live.ipfs_tree import Tree
@@ -39,6 +41,7 @@ from hostos.live.schedule import REST_OFF, Rest
 from hostos.live.session import Swarm
 from hostos.live.torrent_source import TorrentSource, from_torrent
 from hostos.live.torrents import Torrent
+from hostos.live.web_seeds import WebSeeds
 
 UNMOUNT_PATIENCE = 5.0
 
@@ -55,6 +58,8 @@ class MountedLayer:
     source: TorrentSource | IpfsSource | Tree
     path: Path
     users: int = 0
+    key: bytes = b""
+    """Fingerprint of the key it was decrypted with, if it was."""
     plans: list[deque[int]] = field(default_factory=list)
     """What is still to be fetched ahead, by user."""
 
@@ -99,27 +104,34 @@ class Layers:
         ahead: Sequence[int] = (),
         rest: Rest | None = None,
         exact: bool = False,
+        web: Sequence[Url] = (),
+        key: bytes | None = None,
     ) -> MountedLayer:
         """The layer, mounted. Raises UserError when its first blocks can't be had by `deadline`.
 
         `ahead`: pieces to be fetched before they are asked for; `rest`: whether all others are, too;
-        `exact`: note each read as it is made, unless the layer is mounted already.
+        `exact`: note each read as it is made, unless the layer is mounted already; `web`: servers that have it;
+        `key`: of an encrypted one.
         """
         async with self.still:
             layer = self._mounted.get(torrent.info_hash)
             if layer is None:
-                source = self._open(torrent, peers, deadline, rest or self.rest)
-                layer = await self._mount(torrent, source, ahead, exact)
+                source = self._open(torrent, peers, web, deadline, rest or self.rest)
+                layer = await self._mount(torrent, source, ahead, exact, key)
                 self._mounted[torrent.info_hash] = layer
                 self.used(torrent.info_hash)
                 self._tell()
             else:
+                if layer.key != _fingerprint(key):
+                    raise UserError(f"layer {torrent.info_hash[:16]}…: {_WRONG_KEY}", _KEY_HINT)
                 if rest:
                     layer.source.schedule.fetch_rest(rest)
                 layer.plans.append(layer.source.replay(ahead))
                 if isinstance(layer.source, TorrentSource):
                     for peer in peers:
                         layer.source.ledger.add(peer)
+                    for url in web:
+                        layer.source.add_web_seed(url)
                 elif isinstance(torrent, IpfsLayer | IpfsTree):
                     for url in torrent.gateways:
                         layer.source.gateways.add(url)
@@ -146,7 +158,7 @@ class Layers:
         self.changed = trio.Event()
 
     def _open(
-        self, torrent: AnyLayer, peers: Iterable[Endpoint], deadline: float, rest: Rest
+        self, torrent: AnyLayer, peers: Iterable[Endpoint], web: Sequence[Url], deadline: float, rest: Rest
     ) -> TorrentSource | IpfsSource | Tree:
         source: TorrentSource | IpfsSource
         if isinstance(torrent, IpfsTree):
@@ -166,12 +178,19 @@ class Layers:
             peers,
             deadline=deadline,
             hashes=PieceHashes(torrent.data),
+            web=WebSeeds(web, self._swarm.log),
+            web_path=f"/layers/{torrent.info_hash}/{torrent.name}",
         )
         source.schedule.fetch_rest(rest)
         return source
 
     async def _mount(
-        self, torrent: AnyLayer, source: TorrentSource | IpfsSource | Tree, ahead: Sequence[int], exact: bool
+        self,
+        torrent: AnyLayer,
+        source: TorrentSource | IpfsSource | Tree,
+        ahead: Sequence[int],
+        exact: bool,
+        key: bytes | None,
     ) -> MountedLayer:
         path = self._place / torrent.info_hash
         if exact:
@@ -183,7 +202,7 @@ class Layers:
             return MountedLayer(torrent, source, self._fuse / torrent.info_hash, plans=[plan])
         self._files.add(torrent.info_hash, source)
         try:
-            await trio.to_thread.run_sync(_mount_squashfs, self._fuse / torrent.info_hash, path, exact)
+            await trio.to_thread.run_sync(_mount_squashfs, self._fuse / torrent.info_hash, path, exact, key)
         except BaseException as error:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_unmount, path)
@@ -191,24 +210,37 @@ class Layers:
                 stats = source.stats()
                 await source.close()
             if isinstance(error, OSError):
-                raise _why(torrent, stats.last_error, error) from None
+                raise _why(torrent, stats.last_error, error, encrypted=key is not None) from None
             raise
-        return MountedLayer(torrent, source, path, plans=[plan])
+        return MountedLayer(torrent, source, path, key=_fingerprint(key), plans=[plan])
 
 
-def _why(torrent: AnyLayer, last_error: str, error: OSError) -> UserError:
+_WRONG_KEY = "the key is not this image's"
+_KEY_HINT = "hostos image link prints it, where the image was published"
+
+
+def _fingerprint(key: bytes | None) -> bytes:
+    return sha256(key).digest() if key else b""
+
+
+def _why(torrent: AnyLayer, last_error: str, error: OSError, *, encrypted: bool) -> UserError:
     if last_error:
         whom = "--peer HOST:PORT" if isinstance(torrent, Torrent) else "--gateway URL"
         return failure(f"layer {torrent.info_hash[:16]}…: {last_error}", f"name another {whom}")
+    if error.errno == errno.EINVAL and encrypted:
+        return UserError(f"layer {torrent.info_hash[:16]}…: {_WRONG_KEY}", _KEY_HINT)
     if error.errno == errno.EINVAL:
         return failure(f"layer {torrent.info_hash[:16]}… holds no squashfs this kernel can mount")
     return failure(f"layer {torrent.info_hash[:16]}… cannot be mounted: {error}")
 
 
-def _mount_squashfs(file: Path, path: Path, exact: bool) -> None:
+def _mount_squashfs(file: Path, path: Path, exact: bool, key: bytes | None) -> None:
     path.mkdir(parents=True, exist_ok=True)
     device, descriptor = syscalls.attach_loop(file, direct=exact)
-    try:
+    with ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        if key is not None:
+            device = str(stack.enter_context(dmcrypt.opened(device, file.stat().st_size, key)))
         flags = syscalls.MS_RDONLY | syscalls.MS_NODEV | syscalls.MS_NOATIME
         try:
             # Without it every reader of the layer waits for the one that is decompressing.
@@ -218,8 +250,6 @@ def _mount_squashfs(file: Path, path: Path, exact: bool) -> None:
                 raise
             # A kernel built without the choice of decompressors.
             syscalls.mount(device, path, "squashfs", flags)
-    finally:
-        os.close(descriptor)
 
 
 def _unmount(path: Path) -> None:

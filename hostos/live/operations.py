@@ -27,9 +27,12 @@ from hostos.live.gateways import parse_gateway
 from hostos.live.image import Images
 from hostos.live.limits import Limits
 from hostos.live.mounts import Layers, in_thread
+from hostos.live.private import parse_key
 from hostos.live.protocol import Request
+from hostos.live.published import parse_port
 from hostos.live.schedule import Rest
-from hostos.live.torrents import parse_image_reference, parse_peer
+from hostos.live.swarm_settings import SwarmSettings
+from hostos.live.torrents import parse_image_reference, parse_peer, parse_web_seed
 
 
 class Connection(Protocol):
@@ -77,13 +80,20 @@ class Operations:
             "seconds": round(time.time() - self.began, 1),
             "containers": len(self.containers.all()),
             "layers": len(self.layers.mounted()),
+            "swarm": self.images.swarm.settings.to_dict(),
         }
 
+    def _settle(self, request: Request) -> None:
+        """How to deal with strangers, if the request says so: for all images from now on."""
+        if (settings := request.object("swarm")) is not None:
+            self.images.swarm.apply(SwarmSettings.parse(settings))
+
     async def inspect(self, request: Request, connection: Connection) -> dict[str, Any]:
-        image, peers = _image(request)
+        self._settle(request)
+        image, peers, web = _image(request)
         bundle, deadline = request.object("bundle"), request.number("deadline", 30.0, 0.1, 3600.0)
         request.done()
-        found = await self.images.load(image, peers, bundle=bundle, deadline=deadline)
+        found = await self.images.load(image, peers, bundle=bundle, deadline=deadline, web=web)
         return {"image": image, "manifest": found.manifest.to_json().decode(), "trace": found.trace is not None}
 
     async def mount(self, request: Request, connection: Connection) -> dict[str, Any]:
@@ -111,6 +121,7 @@ class Operations:
             "size": container.bundle.manifest.size,
             "root": str(container.root),
             "argv": self.containers.start_argv(container),
+            "published": {str(port.inside): port.listen for port in container.published},
             "warnings": [
                 f"{bind.source} belongs to nobody in the container: its file system can't shift owners"
                 for bind in container.options.binds
@@ -119,15 +130,17 @@ class Operations:
         }
 
     async def _prepare(self, request: Request, connection: Connection, *, only_mount: bool) -> Container:
-        image, peers = _image(request)
+        self._settle(request)
+        image, peers, web = _image(request)
         bundle = request.object("bundle")
         deadline = request.number("deadline", 30.0, 0.1, 3600.0)
         read_deadline = request.number("read_deadline", 120.0, 1.0, 86400.0)
+        key = parse_key(text) if (text := request.text("key", "")) else None
         hold, trace = request.flag("hold"), request.flag("trace")
         rest = Rest.parse(complete) if (complete := request.text("complete", "")) else None
         name = request.text("name", "")
         if not name:
-            found = await self.images.load(image, peers, bundle=bundle, deadline=deadline)
+            found = await self.images.load(image, peers, bundle=bundle, deadline=deadline, web=web)
             name = self.containers.new_name(found.manifest.name)
         options = Options(
             name=name,
@@ -142,6 +155,7 @@ class Operations:
             upper_size=request.text("upper_size", "50%"),
             limits=Limits.parse(request.text("memory", ""), request.text("cpus", ""), request.text("pids", "")),
             persist=request.text("persist", ""),
+            publish=tuple(parse_port(text) for text in request.texts("publish")),
         )
         request.done()
         if options.limits and not self.containers.systemd:
@@ -162,6 +176,8 @@ class Operations:
             only_mount=only_mount,
             rest=rest,
             trace=trace,
+            web=web,
+            key=key,
         )
         if hold:
             connection.held.append(container)
@@ -257,18 +273,23 @@ class Operations:
         return {**self.containers.figures(name), "gently": gently}
 
 
-def _image(request: Request) -> tuple[str, tuple[str, ...]]:
-    """The image a request is about, and whom to ask for it: peers, or gateways if it is a CID."""
-    text, gateways = request.text("image"), request.texts("gateways")
+def _image(request: Request) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The image a request is about, and whom to ask for it: peers (gateways if it is a CID), and web seeds."""
+    text, gateways, web = request.text("image"), request.texts("gateways"), request.texts("web_seeds")
     if looks_like_cid(text):
-        if request.texts("peers"):
-            raise UserError("a CID is fetched from gateways, not from peers", "name one: --gateway URL")
-        return str(parse_cid(text)), tuple(str(parse_gateway(gateway)) for gateway in gateways)
+        if request.texts("peers") or web:
+            raise UserError("a CID is fetched from gateways, not from peers or web seeds", "name one: --gateway URL")
+        return str(parse_cid(text)), tuple(str(parse_gateway(gateway)) for gateway in gateways), ()
     if gateways:
         raise UserError("an info-hash is fetched from peers, not from gateways", "name one: --peer HOST:PORT")
     reference = parse_image_reference(text)
     peers = [parse_peer(peer) for peer in request.texts("peers")]
-    return reference.info_hash, tuple(dict.fromkeys((*peers, *reference.peers)))
+    servers = (str(parse_web_seed(url)) for url in web)
+    return (
+        reference.info_hash,
+        tuple(dict.fromkeys((*peers, *reference.peers))),
+        tuple(dict.fromkeys((*servers, *reference.web_seeds))),
+    )
 
 
 def _one_of(request: Request, name: str, *choices: str) -> Any:

@@ -135,6 +135,15 @@ class PieceStore:
         self._verified[piece] = 1
         self._unflushed.add(piece)
 
+    def take(self, piece: int, data: bytes) -> None:
+        """Hold a piece that was proved and did not come through libtorrent, which is given it, too."""
+        self._verified[piece] = 1
+        self._held[piece] = data
+
+    def held(self, piece: int) -> bytes | None:
+        """The bytes of a piece that is in memory."""
+        return self._held.get(piece)
+
     def unreadable(self, piece: int) -> None:
         """libtorrent could not read it back."""
         self._verified[piece] = 0

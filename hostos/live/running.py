@@ -24,6 +24,7 @@ from hostos.live.container import Options, nspawn_argv, run_script
 from hostos.live.ipfs_image import IpfsImage
 from hostos.live.mounts import MountedLayer
 from hostos.live.processes import HALT, Process, leader
+from hostos.live.published import Port
 from hostos.live.torrents import ImageBundle
 
 START_LIMIT = 60.0
@@ -66,6 +67,9 @@ class Container:
     started: trio.Event = field(default_factory=trio.Event)
     ended: trio.Event = field(default_factory=trio.Event)
     network: int | None = None
+    published: list[Port] = field(default_factory=list)
+    """What is listened on for it, until `listening` is cancelled."""
+    listening: list[trio.CancelScope] = field(default_factory=list)
     given_up: trio.Event = field(default_factory=trio.Event)
     only_mounted: bool = False
     fifo: int = -1
@@ -75,6 +79,11 @@ class Container:
     @property
     def script(self) -> Path:
         return self.state / "run"
+
+    @property
+    def network_file(self) -> Path:
+        """Its network's namespace (`--network nat`)."""
+        return self.place.with_name(f".{self.options.name}.network")
 
     @property
     def announce(self) -> Path:
@@ -101,9 +110,7 @@ class Container:
         shutil.rmtree(self.state, ignore_errors=True)
         self.state.mkdir(parents=True)
         self.state.chmod(0o700)
-        argv = nspawn_argv(
-            self.options, self.bundle.manifest.boot, str(self.root), self.base, str(self.place / "network")
-        )
+        argv = nspawn_argv(self.options, self.bundle.manifest.boot, str(self.root), self.base, str(self.network_file))
         self.script.write_text(run_script(argv, str(self.announce)))
         os.mkfifo(self.announce, 0o600)
         # Opened before anybody can start it, or what is written would be gone with its writer. For
@@ -194,6 +201,7 @@ class Container:
             "root": str(self.root),
             "supervisor": self.supervisor.number if self.supervisor else None,
             "users": self.base,
+            "published": {str(port.inside): port.listen for port in self.published},
         }
 
     def stats(self) -> dict[str, Any]:

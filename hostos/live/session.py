@@ -1,7 +1,7 @@
 """One libtorrent session per process, and the task that hands its alerts to the torrents.
 
-Nothing here contacts anybody but the peers that were named: no DHT, no local discovery, no port
-mapping, no trackers.
+Nothing here contacts anybody but the peers that were named, unless `SwarmSettings` say so: no DHT, no local
+discovery; and never port mapping or trackers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import trio
 
 from hostos.errors import failure
 from hostos.live.nodelay import NoDelay
+from hostos.live.swarm_settings import SwarmSettings, limit_everyone
 
 ALERTS = (
     lt.alert.category_t.error_notification
@@ -39,8 +40,7 @@ def settings(listen: str) -> dict[str, Any]:
         "alert_queue_size": 50000,
         "user_agent": "hostos",
         # Privacy: nobody is told that this machine wants or has something.
-        "enable_dht": False,
-        "enable_lsd": False,
+        **SwarmSettings().settings(),
         "enable_upnp": False,
         "enable_natpmp": False,
         # TCP only: TCP_NODELAY (hostos.live.nodelay) makes a miss one round trip.
@@ -84,6 +84,8 @@ class Swarm:
     def __init__(self, listen: str) -> None:
         self.listen = listen
         self.session: Any = lt.session(cast(Any, settings(listen)))
+        limit_everyone(self.session)
+        self.settings = SwarmSettings()
         self.nodelay = NoDelay()
         self.log: Callable[[str], None] = lambda _message: None
         self._torrents: list[Torrent] = []
@@ -91,6 +93,12 @@ class Swarm:
         for end in (self._alive, self._wake):
             os.set_blocking(end, False)
         self.session.set_alert_fd(self._wake)
+
+    def apply(self, settings: SwarmSettings) -> None:
+        """Deal with others like that from now on; connections that exist stay."""
+        if settings != self.settings:
+            self.settings = settings
+            self.session.apply_settings(settings.settings())
 
     def join(self, torrent: Torrent) -> None:
         self._torrents.append(torrent)
@@ -123,6 +131,8 @@ class Swarm:
     def _dispatch(self, alert: Any) -> None:
         if isinstance(alert, lt.listen_failed_alert):
             raise failure(f"cannot listen on {self.listen}: {alert.message()}", "give another port with --listen")
+        if isinstance(alert, lt.listen_succeeded_alert) and alert.socket_type == lt.socket_type_t.tcp:
+            self.log(f"listening on port {alert.port}")
         if isinstance(alert, lt.peer_connect_alert | lt.listen_succeeded_alert):
             self.nodelay.scan()
         if isinstance(alert, lt.torrent_alert):

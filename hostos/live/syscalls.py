@@ -15,6 +15,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -110,6 +111,23 @@ def namespace(kind: int, name: str) -> Iterator[int]:
         for end in (ready_read, done_read, done_write):
             os.close(end)
         os.waitpid(child, 0)
+
+
+def tcp_socket_in(network: Path) -> socket.socket:
+    """A TCP socket (IPv4) in another network namespace, given by its file. Raises OSError.
+
+    A socket stays in the namespace in which it was made; the calling thread goes back to its own.
+    """
+    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with _opened(str(network), os.O_RDONLY) as there:
+            _check(_libc.setns(there, CLONE_NEWNET), "setns")
+            try:
+                return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            finally:
+                _check(_libc.setns(own, CLONE_NEWNET), "setns")
+    finally:
+        os.close(own)
 
 
 def user_namespace(base: int) -> int:

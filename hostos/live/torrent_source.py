@@ -18,6 +18,7 @@ from typing import Any
 import libtorrent as lt
 import trio
 
+from hostos.live.http import Url
 from hostos.live.journal import Journal
 from hostos.live.ledger import Endpoint, Ledger
 from hostos.live.membership import Membership, Parameters
@@ -25,6 +26,7 @@ from hostos.live.pieces import PieceHashes, PieceStore
 from hostos.live.schedule import DEADLINES, Schedule
 from hostos.live.session import Swarm
 from hostos.live.source import ReadAhead, SourceError, SourceStats, Waits
+from hostos.live.web_seeds import WebPieces, WebSeeds
 
 FLUSH_EVERY = 0.5
 """Seconds between two confirmations that pieces are in the file (until then they cost memory)."""
@@ -33,6 +35,11 @@ FLUSH_LIMIT = 0.5
 LOST_PAUSE = 0.5
 """Seconds before a piece that could not be written is tried again: the disk is likely full."""
 DEMAND = DEADLINES["demand"]
+HEDGE = 1.0
+"""Seconds that connected peers have for a piece somebody waits for before web seeds are asked, too. Halved
+each time those were faster, doubled each time they were not."""
+GIVE_AGAIN = 1.0
+"""Seconds after which libtorrent is handed a piece again that it has not confirmed."""
 
 
 def from_torrent(data: bytes) -> Parameters:
@@ -57,6 +64,7 @@ class _Wait:
 
     event: trio.Event = field(default_factory=trio.Event)
     readers: int = 1
+    began: float = field(default_factory=time.monotonic)
 
 
 class TorrentSource:
@@ -65,7 +73,8 @@ class TorrentSource:
     `directory`: where libtorrent keeps the content. `deadline`: seconds after which a read fails.
     `keep`: pieces stay in memory and the directory is never read (small torrents). `hashes`: lets what
     an earlier run left be used; without them it is fetched again. `schedule.rest`: whether the rest
-    is fetched, too, while nobody waits.
+    is fetched, too, while nobody waits. `web`: servers that have the file below `web_path`, asked while
+    no peer is connected, or when peers take too long; needs `hashes`.
     """
 
     def __init__(
@@ -78,6 +87,8 @@ class TorrentSource:
         deadline: float = 120.0,
         keep: bool = False,
         hashes: PieceHashes | None = None,
+        web: WebSeeds | None = None,
+        web_path: str = "",
     ) -> None:
         self._swarm, self._directory = swarm, directory
         self.deadline, self.keep = deadline, keep
@@ -104,7 +115,15 @@ class TorrentSource:
         )
         self._membership = Membership(swarm, parameters, directory, self.ledger, self)
         self._waiting: dict[int, _Wait] = {}
-        self.schedule = Schedule(self.pieces, self.piece_size, self._expected, self._membership.ask)
+        self._given: dict[int, float] = {}
+        """Pieces from web seeds that libtorrent has not confirmed yet, and when it was handed them."""
+        self._hedge = HEDGE
+        self.web: WebPieces | None = None
+        if hashes is not None:
+            self.web = WebPieces(
+                web or WebSeeds(()), web_path, self._size, hashes, self._from_web, self._not_on_the_web
+            )
+        self.schedule = Schedule(self.pieces, self.piece_size, self._expected, self._ask)
         self.journal = Journal(self.pieces)
         self._read_ahead = ReadAhead()
         self._flushed: trio.Event | None = None
@@ -112,6 +131,7 @@ class TorrentSource:
         self._rebuilding = False
         self._waits = Waits()
         self._stats = SourceStats(size=self._size)
+        self._hash_failures = 0
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -125,10 +145,15 @@ class TorrentSource:
         self._nursery = nursery
         self._directory.mkdir(parents=True, exist_ok=True)
         self._store.open()
+        if self.web:
+            self.web.start(nursery)
+        self._membership.patient = self._webbed
         self._membership.join(self._store.on_disk(), self._wanted())
 
     async def close(self) -> None:
         """Leave the swarm; reads that wait fail."""
+        if self.web:
+            await self.web.close()
         if self._membership.handle is not None:
             await self._flush()
         self._membership.leave()
@@ -147,6 +172,17 @@ class TorrentSource:
     def _expected(self, piece: int) -> bool:
         """Nobody needs to ask for it (any more)."""
         return self._store.expected(piece) or piece in self._waiting
+
+    @property
+    def _webbed(self) -> bool:
+        """Whether there are web seeds."""
+        return self.web is not None and bool(self.web.servers.all())
+
+    def add_web_seed(self, url: Url) -> None:
+        """One more server that has the file."""
+        if self.web:
+            self.web.servers.add(url)
+            self._membership.patient = True
 
     def replay(self, pieces: Iterable[int]) -> deque[int]:
         """Fetch these pieces ahead, in this order; `schedule.drop` leaves off."""
@@ -206,6 +242,8 @@ class TorrentSource:
         if self._nursery is None:
             raise SourceError("the image was unmounted")
         why = f"no data within {self.deadline:g} s; {self._membership.why_late()}"
+        if self.web and self._webbed:
+            why += f"; {self.web.servers.why_late()}"
         self._stats.errors += 1
         self._stats.last_error = why + (f"; {self._trouble}" if self._trouble else "")
         raise SourceError(self._stats.last_error)
@@ -223,9 +261,19 @@ class TorrentSource:
         if self._store.verified(piece):
             self._membership.read_back(piece)
         else:
-            self._membership.ask(piece, DEMAND)
+            self._ask(piece, DEMAND)
             self._rebuild_if(self._membership.lonely())
         return wait
+
+    def _ask(self, piece: int, deadline: int) -> None:
+        """Have a piece fetched: from peers, and from web seeds if there is nobody else."""
+        if self.web and self._webbed and not self._membership.connected:
+            self.web.fetch(piece, ahead=deadline > DEMAND)
+            if deadline > DEMAND:
+                return
+        elif self.web and self._webbed and deadline == DEMAND and not self._hedge:
+            self.web.fetch(piece, ahead=False)
+        self._membership.ask(piece, deadline)
 
     def _wake(self, piece: int) -> None:
         if wait := self._waiting.pop(piece, None):
@@ -244,7 +292,7 @@ class TorrentSource:
             if self._flushed is not None:
                 self._flushed.set()
         elif isinstance(alert, lt.hash_failed_alert):
-            self._stats.hash_failures += 1
+            self._hash_failures += 1
             self._rebuild_if("a piece had the wrong hash")
         elif isinstance(alert, lt.file_error_alert):
             trouble = f"the cache cannot be written: {alert.error.message()}"
@@ -254,6 +302,12 @@ class TorrentSource:
 
     def _finished(self, piece: int) -> None:
         self._store.finished(piece)
+        if self._given.pop(piece, None) is not None:
+            return
+        if self.web:
+            self.web.forget(piece)
+            if self._webbed and piece in self._waiting:
+                self._hedge = min(2 * max(self._hedge, HEDGE / 8), HEDGE)
         self.journal.arrived(piece, self.schedule.arrived(piece))
         self.schedule.pump(waiting=bool(self._waiting))
         if piece in self._waiting or self.keep:
@@ -264,9 +318,49 @@ class TorrentSource:
         if alert.error.value():
             self._store.unreadable(piece)
             if piece in self._waiting:
-                self._membership.ask(piece, DEMAND)
+                self._ask(piece, DEMAND)
         elif self._store.delivered(piece, alert.buffer):
             self._wake(piece)
+
+    # --- from web seeds ---------------------------------------------------------------------------
+
+    def _from_web(self, piece: int, data: bytes) -> None:
+        """A proved piece came."""
+        if self._store.ready(piece) or self._nursery is None:
+            self.schedule.asked.pop(piece, None)
+            return
+        if piece in self._waiting and self._membership.connected:
+            self._hedge = self._hedge / 2 if self._hedge > HEDGE / 8 else 0.0
+        self._store.take(piece, data)
+        self._give(piece, data)
+        self._membership.came()
+        self.journal.arrived(piece, self.schedule.arrived(piece))
+        self._wake(piece)
+        self.schedule.pump(waiting=bool(self._waiting))
+
+    def _give(self, piece: int, data: bytes) -> None:
+        self._given[piece] = time.monotonic()
+        self._membership.give(piece, data)
+
+    def _not_on_the_web(self, piece: int) -> None:
+        self.schedule.asked.pop(piece, None)
+
+    def _look_after_web(self) -> None:
+        now = time.monotonic()
+        for piece, when in list(self._given.items()):
+            if now - when > GIVE_AGAIN and not self._rebuilding:
+                if (data := self._store.held(piece)) is not None:
+                    self._give(piece, data)
+                else:
+                    del self._given[piece]
+        if not self.web or not self._webbed:
+            return
+        if not self._membership.connected:
+            for piece in self.schedule.asked:
+                self.web.fetch(piece, ahead=True)
+        for piece, wait in self._waiting.items():
+            if not self._membership.connected or now - wait.began > self._hedge:
+                self.web.fetch(piece, ahead=False)
 
     # --- getting it onto the disk -----------------------------------------------------------------
 
@@ -296,6 +390,7 @@ class TorrentSource:
     def tick(self) -> bool:
         if self._membership.handle is None:
             return bool(self._waiting)
+        self._look_after_web()
         if not self._store.flushing and self._store.unflushed and self._store.since_flush() > FLUSH_EVERY:
             self._begin_flush()
         if not self._waiting:
@@ -303,7 +398,7 @@ class TorrentSource:
             self._rebuild_if(self._membership.cleared())
             if self.schedule.active:
                 self.schedule.pump(waiting=False)
-            return self.schedule.active or self._store.unflushed or self._store.flushing
+            return self.schedule.active or self._store.unflushed or self._store.flushing or bool(self._given)
         if not self._membership.connected:
             self._rebuild_if(self._membership.lonely())
         else:
@@ -338,13 +433,20 @@ class TorrentSource:
         stats = self._stats
         stats.downloaded, stats.uploaded, stats.wasted = self._membership.totals()
         stats.verified = self._store.verified_bytes()
-        stats.stalls = self._membership.stalls
+        stats.stalls, stats.hash_failures = self._membership.stalls, self._hash_failures
         came = self.journal.counts()
         stats.prefetched, stats.prefetch_used = came["trace"] + came["ahead"], self.journal.used
         stats.peers, stats.banned = len(self._membership.connected), len(self.ledger.bans)
+        if self.web:
+            servers = self.web.servers
+            stats.downloaded += servers.downloaded
+            stats.wasted += servers.wasted
+            stats.hash_failures = self._hash_failures + servers.wrong
+            stats.peers += len(servers.all())
+            stats.banned += servers.banned
         self._waits.into(stats)
         return stats
 
     def peers(self) -> list[dict[str, Any]]:
         """The connected peers: address, bytes received from each, and what is held against it."""
-        return self._membership.peers()
+        return self._membership.peers() + (self.web.servers.describe() if self.web else [])

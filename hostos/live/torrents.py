@@ -16,7 +16,7 @@ import ipaddress
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 import libtorrent
 
 from hostos.errors import UserError
+from hostos.live.http import Url, parse_url
 from hostos.live.manifest import MAX_LAYER_SIZE, MAX_LAYERS, SCHEMA, Layer, Manifest
 from hostos.live.merkle import BLOCK, HASH, FileHashes, hash_bytes, hash_file, root_of_pieces
 from hostos.live.trace import Trace
@@ -60,17 +61,18 @@ class Torrent:
     size: int
     piece_size: int
 
-    def magnet(self, peers: Iterable[str] = ()) -> str:
+    def magnet(self, peers: Iterable[str] = (), web_seeds: Iterable[str] = ()) -> str:
         """Magnet link (BEP 9, BEP 52); `peers`: `HOST:PORT` to try first (`x.pe`)."""
-        return magnet(self.info_hash, peers, name=self.name)
+        return magnet(self.info_hash, peers, name=self.name, web_seeds=web_seeds)
 
 
-def magnet(info_hash: str, peers: Iterable[str] = (), *, name: str = "") -> str:
+def magnet(info_hash: str, peers: Iterable[str] = (), *, name: str = "", web_seeds: Iterable[str] = ()) -> str:
     """Magnet link of a v2 info-hash. `btmh` wants a multihash: 0x12 (SHA-256), 0x20 (32 bytes)."""
     link = f"magnet:?xt=urn:btmh:1220{info_hash}"
     if name:
         link += f"&dn={quote(name, safe='')}"
-    return link + "".join(f"&x.pe={quote(peer, safe=':[]')}" for peer in peers)
+    link += "".join(f"&x.pe={quote(peer, safe=':[]')}" for peer in peers)
+    return link + "".join(f"&ws={quote(url, safe=':/[]')}" for url in web_seeds)
 
 
 # --- making -----------------------------------------------------------------------------------------
@@ -214,16 +216,17 @@ def parse_layer_torrent(data: bytes) -> Torrent:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a person gives to name an image: its hash and perhaps `HOST:PORT` peers."""
+    """What a person gives to name an image: its hash, perhaps `HOST:PORT` peers, and addresses of web seeds."""
 
     info_hash: str
     peers: tuple[str, ...] = ()
+    web_seeds: tuple[str, ...] = ()
 
 
 def parse_image_reference(text: str) -> Reference:
-    """Reads 64 hex digits, or a v2 magnet link with any number of `x.pe` peers.
+    """Reads 64 hex digits, or a v2 magnet link with any number of `x.pe` peers and `ws` web seeds.
 
-    Other magnet parameters (name, trackers, web seeds) are ignored. Raises UserError.
+    Other magnet parameters (name, trackers) are ignored. Raises UserError.
     """
     text = text.strip()
     if _HASH.fullmatch(text):
@@ -257,7 +260,16 @@ def parse_image_reference(text: str) -> Reference:
             "a link to an image has one xt=urn:btmh:1220<64 hex digits>",
         )
     peers = tuple(dict.fromkeys(parse_peer(value) for key, value in query if key == "x.pe"))
-    return Reference(hashes.pop(), peers)
+    web_seeds = tuple(dict.fromkeys(str(parse_web_seed(value)) for key, value in query if key == "ws"))
+    return Reference(hashes.pop(), peers, web_seeds)
+
+
+def parse_web_seed(text: str) -> Url:
+    """The address of a web seed: `http[s]://HOST[:PORT][/PATH]`. Raises UserError."""
+    try:
+        return parse_url(text, "http://192.0.2.7/hostos")
+    except UserError as error:
+        raise UserError(f"web seed: {error.message}", error.hint) from None
 
 
 def parse_peer(text: str) -> str:
@@ -334,7 +346,7 @@ def verify_files(image: str, files: Mapping[str, bytes]) -> ImageBundle:
     layers = []
     for index, layer in enumerate(manifest.layers):
         found = parse_layer_torrent(files[layer_path(index)])
-        if Layer(found.info_hash, found.size, found.name, layer.format) != layer:
+        if replace(layer, torrent=found.info_hash, size=found.size, file=found.name) != layer:
             raise _bad_bundle(f"the torrent of layer {index} isn't the one its manifest names")
         layers.append(found)
     trace = None

@@ -38,15 +38,15 @@ def published(instance: Instance) -> tuple[Forward, ...]:
     return _remembered(instance)
 
 
-def add(instance: Instance, forwards: Sequence[Forward]) -> bool:
-    """Publish `forwards`, all or none, now and at each later start.
+def add(instance: Instance, forwards: Sequence[Forward], *, remember: bool = True) -> bool:
+    """Publish `forwards`, all or none, now and (`remember`) at each later start.
 
     Returns whether the machine runs, so that they lead somewhere already. Raises UserError if a
     port is taken; then nothing has changed.
     """
     with locked(instance.lock_file, instance.name, "port add", wait=_WAIT_FOR_OTHERS):
         _check_network(instance, forwards)
-        wanted = _with(_remembered(instance), forwards)
+        wanted = _with(_remembered(instance), forwards if remember else ())
         run = _run(instance)
         if run is not None:
             with _monitor(instance) as monitor, contextlib.ExitStack() as undo:

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from hostos.image.store import Store
 from hostos.live.client import Client, connect
 from hostos.live.manifest import Layer, Manifest
 from hostos.live.torrents import ImageBundle, Torrent, make_image_torrent, make_layer_torrent, verify_files
@@ -136,9 +137,9 @@ class Helper:
     process: subprocess.Popen[bytes]
 
     @classmethod
-    def start(cls, *arguments: str) -> Helper:
+    def start(cls, *arguments: str, enter: Sequence[str] = ()) -> Helper:
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", *arguments],
+            [*enter, sys.executable, "-W", "ignore", *arguments],
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
@@ -177,6 +178,17 @@ def seed(published: Published, helpers: list[Helper]) -> Start:
 
 
 @pytest.fixture
+def liar(published: Published, helpers: list[Helper]) -> Start:
+    """Starts a peer at an address `HOST:PORT` that has other bytes than it says."""
+
+    def start(address: str) -> Helper:
+        helpers.append(Helper.start(str(HERE / "seed.py"), str(published.directory), address, "lying"))
+        return helpers[-1]
+
+    return start
+
+
+@pytest.fixture
 def corruptor(helpers: list[Helper]) -> Start:
     """Starts a peer that passes everything on from a good one but spoils blocks: `address`, `good`."""
 
@@ -194,6 +206,8 @@ class Daemon:
     base: Path
     address: str
     extra: tuple[str, ...] = ()
+    enter: tuple[str, ...] = ()
+    """What to put before its command, e.g. to run it in another network namespace."""
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -204,7 +218,7 @@ class Daemon:
         with (self.base / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-W", "ignore", "-m", "hostos.live", "--no-systemd"),
+                    *(*self.enter, sys.executable, "-W", "ignore", "-m", "hostos.live", "--no-systemd"),
                     *("--socket", str(self.base / "sock"), "--cache", str(self.base / "cache")),
                     *("--mounts", str(self.base / "mounts"), "--listen", self.address, *self.extra),
                 ],
@@ -237,6 +251,59 @@ class Daemon:
 
     def fuse_file(self, image: Published) -> Path:
         return self.base / "mounts/fuse" / image.layer_torrent.info_hash
+
+
+@pytest.fixture(scope="session")
+def store(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store with the image, as a host has it."""
+    made = Store(tmp_path_factory.mktemp("store"))
+    with made.incoming() as temporary:
+        layer = temporary / "layer"
+        shutil.copy(published.layer, layer)
+        added = made.add(published.bundle.manifest, [(published.layer_torrent, layer)])
+    assert added == published.image
+    return made
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Hosts in namespaces of their own on one network, 198.18.7.0/24 (RFC 2544)."""
+
+    mark: str
+
+    def enter(self, host: int) -> tuple[str, ...]:
+        # Not `ip netns exec`: mounts must stay visible.
+        return ("nsenter", f"--net=/run/netns/{self.mark}-{host}")
+
+    @staticmethod
+    def address(host: int) -> str:
+        return f"198.18.7.{host}"
+
+    def run(self, host: int, *command: str) -> None:
+        subprocess.run([*self.enter(host), *command], check=True)
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """Hosts 1 to 3, and their network in a namespace as well."""
+    made = Lab(f"hst-swarm-{os.getpid()}")
+    names = [f"{made.mark}-{host}" for host in range(4)]
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True)
+            subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        made.run(0, "ip", "link", "add", "net", "type", "bridge")
+        made.run(0, "ip", "link", "set", "net", "up")
+        for host in (1, 2, 3):
+            made.run(0, "ip", "link", "add", f"p{host}", "type", "veth", "peer", "name", "eth0", "netns", names[host])
+            made.run(0, "ip", "link", "set", f"p{host}", "master", "net", "up")
+            made.run(host, "ip", "address", "add", f"{made.address(host)}/24", "dev", "eth0")
+            made.run(host, "ip", "link", "set", "eth0", "up")
+            made.run(host, "ip", "route", "add", "default", "dev", "eth0")
+        yield made
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
 
 
 @pytest.fixture

@@ -37,6 +37,11 @@ def read_scattered(daemon: Daemon, image: Published, count: int, seed: int = 1) 
     return wrong, longest
 
 
+# The corruptor looks into the messages.
+in_the_clear = pytest.mark.parametrize("daemon", [("--encryption=off",)], indirect=True)
+
+
+@in_the_clear
 @pytest.mark.parametrize("share", [1.0, 0.3])
 def test_corrupt_peer_beside_a_good_one(
     daemon: Daemon, seed: Start, corruptor: Start, published: Published, share: float
@@ -57,6 +62,7 @@ def test_corrupt_peer_beside_a_good_one(
         client.ask("unmount", name="mixed")
 
 
+@in_the_clear
 def test_good_peer_is_never_banned(daemon: Daemon, seed: Start, corruptor: Start, published: Published) -> None:
     third = "127.0.0.8:7205"
     for address in (GOOD, OTHER, third):
@@ -75,6 +81,7 @@ def test_good_peer_is_never_banned(daemon: Daemon, seed: Start, corruptor: Start
         client.ask("unmount", name="three")
 
 
+@in_the_clear
 def test_only_corrupt_peers_fail_by_the_deadline(
     daemon: Daemon, seed: Start, corruptor: Start, published: Published
 ) -> None:
@@ -87,6 +94,28 @@ def test_only_corrupt_peers_fail_by_the_deadline(
         assert time.monotonic() - began < 15
         assert client.ask("list")["containers"] == []
     assert [point for point in daemon.mounts() if not point.endswith("/fuse")] == []
+
+
+def test_one_of_three_lies_in_an_encrypted_swarm(
+    daemon: Daemon, seed: Start, liar: Start, published: Published
+) -> None:
+    for address in (GOOD, OTHER):
+        seed(address)
+    liar(BAD)
+    with daemon.client() as client:
+        peers = [BAD, GOOD, OTHER]
+        client.ask("mount", image=published.image, peers=peers, name="three", bundle=bundle(published))
+        longest = 0.0
+        for round_ in range(2):
+            wrong, slowest = read_scattered(daemon, published, 25, seed=round_)
+            assert wrong == 0
+            longest = max(longest, slowest)
+        assert longest < 5.0
+        layer = client.ask("stats", name="three")["layers"][0]
+        assert layer["hash_failures"] > 0, "the corrupt peer was never asked: nothing was tested"
+        banned = [line.rpartition("banned: ")[2] for line in daemon.log().splitlines() if "banned: " in line]
+        assert set(banned) <= {BAD}
+        client.ask("unmount", name="three")
 
 
 def test_seed_dies_and_returns(daemon: Daemon, seed: Start, published: Published) -> None:

@@ -21,12 +21,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostos.cli.seed import parse_rate
+from hostos.cli.swarm import parse_rate
 from hostos.errors import UserError
 from hostos.image import seeding
 from hostos.image.seeding import Place, parse_listen
 from hostos.image.store import Store
 from hostos.live.manifest import Layer, Manifest
+from hostos.live.swarm_settings import SwarmSettings
 from hostos.live.torrents import ImageBundle, make_layer_torrent, verify_files
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -45,16 +46,15 @@ def put(name: str = "test", size: int = 300_000, seed: int = 1) -> ImageBundle:
 
 def fetch(magnet: str, directory: Path, deadline: float = 30.0) -> Path:
     """Download a magnet link into `directory` with libtorrent; nothing but the link's peers is asked."""
-    session = libtorrent.session(
-        {
-            "listen_interfaces": "127.0.0.1:0",
-            "enable_dht": False,
-            "enable_lsd": False,
-            "enable_upnp": False,
-            "enable_natpmp": False,
-            "enable_outgoing_utp": False,
-        }
-    )
+    settings: Any = {
+        "listen_interfaces": "127.0.0.1:0",
+        # Else libtorrent tries plain text first, which the seed refuses, and is slow to try again.
+        **SwarmSettings().settings(),
+        "enable_upnp": False,
+        "enable_natpmp": False,
+        "enable_outgoing_utp": False,
+    }
+    session = libtorrent.session(settings)
     parameters = libtorrent.parse_magnet_uri(magnet)
     parameters.save_path = str(directory)
     parameters.flags &= ~(libtorrent.torrent_flags.auto_managed | libtorrent.torrent_flags.paused)
@@ -263,7 +263,7 @@ def test_another_address_than_the_running_one_is_told() -> None:
 
 def test_the_upload_limit_holds_for_loopback_too(tmp_path: Path) -> None:
     bundle = put(size=600_000)
-    info = seeding.start(upload_limit=300_000)
+    info = seeding.start(swarm=SwarmSettings(upload_limit=300_000))
     began = time.monotonic()
     fetch(bundle.layers[0].magnet([info.address]), tmp_path, 60)
     assert time.monotonic() - began > 1.0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hostos.cli import main
 from hostos.cli.container import boot, split_at
-from hostos.cli.live import fetched, gateways_from_guest, resolve
+from hostos.cli.live import fetched, resolve, urls_from_guest
 from hostos.errors import UserError
 
 CID = "bafybeic5xnzfkbbm2tgklrd6rmxhw25kqmvpv4rmssqje3sgburfuztmjm"
@@ -118,7 +118,7 @@ def test_gateways_of_a_cid(home: Path) -> None:
     wanted = resolve(f"ipfs://{CID}", (), ("http://localhost:34343", "https://gateway.test/x"))
     assert (wanted.image, wanted.peers) == (CID, ())
     guest = SimpleNamespace(host_address_from_guest="10.0.2.2")
-    seen = gateways_from_guest(wanted.gateways, cast(Any, guest))
+    seen = urls_from_guest(wanted.gateways, cast(Any, guest))
     assert seen == ["http://10.0.2.2:34343", "https://gateway.test:443/x"]
 
 
