@@ -103,10 +103,15 @@ def from_upper(entries: Iterable[Entry], *, prefix: bytes = PREFIX) -> list[Entr
 
 def merge(layers: Sequence[list[Entry]]) -> Tree:
     """The tree that `layers` (lowest first, each arranged) make."""
-    root = Node(Entry(b"", stat.S_IFDIR | 0o755))
+    tree = Tree(Node(Entry(b"", stat.S_IFDIR | 0o755)))
     for number, entries in enumerate(layers):
-        root = _over(root, _grow(entries, number))
-    return Tree(root)
+        tree = on_top(tree, entries, number)
+    return tree
+
+
+def on_top(tree: Tree, entries: list[Entry], number: int) -> Tree:
+    """`tree` (which stays as it is) with one more layer; `number`: another for each layer of a tree."""
+    return Tree(_over(tree.root, _grow(entries, number)))
 
 
 def complete(entries: Iterable[Entry], lower: Tree, what: str) -> list[Entry]:

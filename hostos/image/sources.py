@@ -34,6 +34,8 @@ from hostos.steps import Step, Steps
 
 SPOOL_LIMIT = 1 << 40
 """A compressed archive may unpack to at most this many bytes."""
+BOMB_SIZE, BOMB_RATIO = 1 << 30, 200
+"""One that unpacks to over 1 GiB may at most be this many times as large as it is."""
 
 
 # --- directories ------------------------------------------------------------------------------------
@@ -373,10 +375,12 @@ def _disk(error: OSError) -> UserError:
 
 
 def _spool(source: BinaryIO, spool: BinaryIO, path: Path, step: Step) -> None:
-    size = 0
+    size, packed = 0, path.stat().st_size
     while data := source.read(1 << 20):
         size += len(data)
         if size > SPOOL_LIMIT:
             raise UserError(f"{path}: unpacks to more than {SPOOL_LIMIT} bytes")
+        if size > BOMB_SIZE and size > BOMB_RATIO * packed:
+            raise UserError(f"{path}: unpacks to more than {BOMB_RATIO} times its size: refused", "unpack it yourself")
         spool.write(data)
         step.progress(f"unpacked {size >> 20} MiB")
