@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from hostos.cli import image_build, image_layers
+from hostos.cli import image_build, image_capture, image_layers
 from hostos.cli.common import human_size, steps
 from hostos.cli.completing import images
 from hostos.errors import UserError
@@ -352,5 +352,5 @@ def _removable(store: Any, reference: str) -> str:
     return str(found.hash)
 
 
-for _more in (*image_layers.COMMANDS, *image_build.COMMANDS):
+for _more in (*image_layers.COMMANDS, *image_build.COMMANDS, *image_capture.COMMANDS):
     image.add_command(_more)

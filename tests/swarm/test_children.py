@@ -54,7 +54,7 @@ def test_booting_a_child_fetches_only_what_is_its_own(
     assert b"note" not in ran.stdout
     assert b"same" in ran.stdout  # its other name
     below, own = ran.figures["layers"]  # type: ignore[misc]
-    fetched = {layer["layer"]: layer["fetched"] for layer in (below, own)}
+    fetched = {layer["layer"]: layer["downloaded"] for layer in (below, own)}
     assert fetched[made.layer] > 0
     # A few of the parent's blocks may not have been asked for: those of /home/user.
     assert fetched[image.manifest.layers[0].torrent] <= 4 * 65536
