@@ -14,6 +14,7 @@ import click
 from hostos.cli import image_build, image_capture, image_layers
 from hostos.cli.common import human_size, steps
 from hostos.cli.completing import images
+from hostos.cli.name import push
 from hostos.errors import UserError
 
 
@@ -354,3 +355,4 @@ def _removable(store: Any, reference: str) -> str:
 
 for _more in (*image_layers.COMMANDS, *image_build.COMMANDS, *image_capture.COMMANDS):
     image.add_command(_more)
+image.add_command(push)

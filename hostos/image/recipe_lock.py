@@ -98,4 +98,4 @@ def _joined(lines: list[str]) -> list[str]:
             result[-1] += line.strip() + (" " if line.endswith(",") else "")
         else:
             result.append(line)
-    return result
+    return [line.rstrip() for line in result]
