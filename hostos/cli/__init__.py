@@ -39,6 +39,7 @@ COMMANDS = {
     "container": "container",
     "image": "image",
     "seed": "seed",
+    "name": "name",
     "cache": "cache",
     "doctor": "doctor",
     "config": "config",

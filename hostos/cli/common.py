@@ -90,3 +90,12 @@ def reporting(as_json: bool) -> Iterator[tuple[Steps, JsonEvents | None]]:
 
 def print_json(content: dict[str, Any] | list[Any]) -> None:
     click.echo(json.dumps(content, indent=2))
+
+
+def human_size(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

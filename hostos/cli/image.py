@@ -11,8 +11,10 @@ from typing import Any
 
 import click
 
-from hostos.cli.common import steps
+from hostos.cli import image_build, image_capture, image_layers
+from hostos.cli.common import human_size, steps
 from hostos.cli.completing import images
+from hostos.cli.name import push
 from hostos.errors import UserError
 
 
@@ -42,6 +44,9 @@ def image() -> None:
 @image.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="What to call it, e.g. web/debian-13.")
+@click.option("--from", "parent", metavar="IMAGE", shell_complete=images,
+              help="Make it a child of IMAGE: only what differs is stored.")  # fmt: skip
+@click.option("--changes", is_flag=True, help="SOURCE is not the whole tree but the upper directory of an overlay.")
 @click.option("--command", default="", metavar="WORDS", help="What to run; default: the image's init.")
 @click.option("--env", multiple=True, metavar="KEY=VALUE", help="Environment variable (repeatable).")
 @click.option("--user", default="", metavar="USER[:GROUP]", help="Who runs it; default: root.")
@@ -61,6 +66,8 @@ def image() -> None:
 def publish(
     source: Path,
     name: str,
+    parent: str | None,
+    changes: bool,
     command: str,
     env: tuple[str, ...],
     user: str,
@@ -84,6 +91,8 @@ def publish(
     \b
     With --trace it is booted once in a machine, and then starts with fewer and earlier blocks:
       hostos image publish rootfs.tar --name web --trace "python3 -c pass" --trace "nginx -t"
+    With --from the image inherits another one's layers, which are neither packed nor stored again:
+      hostos image publish ./tree --name web/mine --from web
     """
     from hostos.image import ipfs as adding
     from hostos.image import publish as publishing
@@ -100,6 +109,21 @@ def publish(
         adding.check(ipfs_api or adding.DEFAULT_API)
 
     boot = publishing.boot_config(command=command, env=env, user=user, workdir=workdir, ports=ports)
+    if parent:
+        from hostos.cli.image_layers import publish_from
+
+        if traces or recording or arch:
+            raise UserError(
+                "--from excludes --trace, --recording and --arch", "trace it afterwards: hostos image trace"
+            )
+        given = boot if command or env or user or workdir or ports else None
+        size = piece_size * 1024 if piece_size is not None else None
+        made = publish_from(source, name, parent, given, changes, size, steps())
+        if ipfs or ipfs_api:
+            click.echo(adding.add(Store(), Store().get(made), ipfs_api or adding.DEFAULT_API, steps()))
+        return
+    if changes:
+        raise UserError("--changes needs the image that was changed", "add --from IMAGE")
     how = _how(traces, seconds, machine) if traces else None
     told = steps()
     recorded = Recording.read(recording) if recording else None
@@ -131,7 +155,9 @@ def publish(
     seeded = seeding.reload()
     click.echo(made)
     after = "seeding it already" if seeded else "offer it with: hostos seed start"
-    click.echo(f"{name}: {_size(Store().get(made).manifest.size)}, {result.packed.architecture}; {after}", err=True)
+    click.echo(
+        f"{name}: {human_size(Store().get(made).manifest.size)}, {result.packed.architecture}; {after}", err=True
+    )
     if private:
         click.echo(f"private: hostos image link {name} prints the link with its key", err=True)
     if ipfs or ipfs_api:
@@ -252,7 +278,7 @@ def trace(
         how = _how(others, seconds, machine)
         how = tracing.How((tuple(command), *how.commands), seconds, machine)
     made = tracing.traced(store, found, how, recording, save, steps())
-    sizes = f"{_size(found.manifest.size)} -> {_size(store.get(made).manifest.size)}"
+    sizes = f"{human_size(found.manifest.size)} -> {human_size(store.get(made).manifest.size)}"
     if replace and made != found.hash:
         store.remove(found.hash)
     seeding.reload()
@@ -287,7 +313,7 @@ def ls(as_json: bool) -> None:
         rows = [("HASH", "NAME", "ARCH", "SIZE", "PUBLISHED")]
         for item in images:
             when = datetime.datetime.fromtimestamp(item.published).strftime("%Y-%m-%d %H:%M")
-            size = _size(item.manifest.size) + (" (layers missing)" if item.missing else "")
+            size = human_size(item.manifest.size) + (" (layers missing)" if item.missing else "")
             rows.append((item.hash[:16], item.name, item.manifest.architecture, size, when))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         for row in rows:
@@ -338,7 +364,7 @@ def inspect(reference: str, as_json: bool) -> None:
         ("image", found.hash),
         ("name", found.name),
         ("architecture", bundle.manifest.architecture),
-        ("size", _size(bundle.manifest.size)),
+        ("size", human_size(bundle.manifest.size)),
         ("published", datetime.datetime.fromtimestamp(found.published).isoformat(" ", "seconds")),
         ("command", " ".join(map(repr, boot.command)) or "the image's init"),
         *(("env", f"{key}={value!r}") for key, value in boot.env),
@@ -346,27 +372,31 @@ def inspect(reference: str, as_json: bool) -> None:
         *([("private", cipher)] if (cipher := bundle.manifest.layers[-1].cipher) else []),
         *([("workdir", boot.workdir)] if boot.workdir else []),
         *([("ports", " ".join(boot.ports))] if boot.ports else []),
+        *(("parent" if number == 0 else "", parent) for number, parent in enumerate(bundle.manifest.parents)),
         ("boot trace", _traced(bundle.trace)),
         ("magnet", bundle.torrent.magnet(peers)),
         ("IPFS", cid or "not added: hostos image ipfs"),
         ("seed", seed.address if seed else "not running: hostos seed start"),
     ]
+    history = bundle.manifest.history or ("",) * len(layers)
     for number, layer in enumerate(layers):
         lines += [
             (f"layer {number}", layer["hash"]),
-            ("  size", f"{_size(layer['size'])} in pieces of {layer['piece_size'] >> 10} KiB"),
+            *([("  made by", history[number])] if history[number] else []),
+            ("  size", f"{human_size(layer['size'])} in pieces of {layer['piece_size'] >> 10} KiB"),
             ("  file", layer["file"] if layer["present"] else "missing"),
             ("  magnet", layer["magnet"]),
         ]
     for key, value in lines:
-        click.echo(f"{key + ':':14} {value}")
+        click.echo(f"{key + ':' if key else '':14} {value}")
 
 
 def _traced(trace: Any) -> str:
     if trace is None:
         return "none"
     commands = [shlex.join(workload.command) or "(init)" for workload in trace.workloads]
-    return "; ".join(f"{text[:60]}: {_size(item.size)}" for text, item in zip(commands, trace.workloads, strict=True))
+    sizes = [human_size(workload.size) for workload in trace.workloads]
+    return "; ".join(f"{text[:60]}: {size}" for text, size in zip(commands, sizes, strict=True))
 
 
 @image.command()
@@ -383,7 +413,7 @@ def rm(references: tuple[str, ...]) -> None:
     for item in hashes:
         privacy.forget(item)
     seeding.reload()
-    click.echo(f"{_size(free)} free", err=True)
+    click.echo(f"{human_size(free)} free", err=True)
 
 
 def _removable(store: Any, reference: str) -> str:
@@ -396,10 +426,6 @@ def _removable(store: Any, reference: str) -> str:
     return str(found.hash)
 
 
-def _size(size: int) -> str:
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
+for _more in (*image_layers.COMMANDS, *image_build.COMMANDS, *image_capture.COMMANDS):
+    image.add_command(_more)
+image.add_command(push)

@@ -20,6 +20,7 @@ from hostos.live.swarm_settings import SwarmSettings
 from hostos.live.torrents import ImageBundle, parse_image_reference, parse_peer, parse_web_seed
 from hostos.machine.connection import Connection, ConnectionLost, connect
 from hostos.machine.instance import Instance
+from hostos.names import resolve as names
 from hostos.steps import Steps
 
 SOCKET = "/run/hostos/live.sock"
@@ -71,6 +72,14 @@ def resolve(
     if asked_for:
         raise UserError("--gateway is for CIDs", "for a hash, say who has it: --peer HOST:PORT")
     store = Store()
+    if "/" in text and (found := names.resolve(text)) is not None:
+        # Somebody's name: from here on it is its hash that counts.
+        say(f"hostos: {found}")
+        for warning in found.warnings:
+            say(f"warning: {warning}")
+        text = found.record.image
+        if (stored := store.find(text)) is None or stored.missing:
+            named = [*named, *found.record.peers]
     stored = store.find(text)
     if stored is None:
         # Not ours: then only a full hash will do, and whoever has it must be known.

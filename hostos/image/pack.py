@@ -75,15 +75,22 @@ def pack(
         else:
             found = read_tar(source, stack, steps)
         entries = arrange(found, str(source))
-        machine = architecture or _architecture(entries)
+        machine = architecture or architecture_of(entries)
         if machine is None:
-            raise _no_architecture(source)
-        unpacked = sum(length for entry in entries if entry.is_file for _, length in entry.segments)
-        with steps.step("pack") as step:
-            _feed(entries, target, unpacked, step, order or {})
-            size = target.stat().st_size
-            step.detail = f"{unpacked >> 20} MiB in {len(entries)} entries -> {size >> 20} MiB"
-    return Packed(target, machine, size, len(entries), unpacked)
+            raise no_architecture(source)
+        return pack_entries(entries, target, machine, steps, order=order)
+
+
+def pack_entries(
+    entries: list[Entry], target: Path, architecture: str, steps: Steps, *, order: Mapping[bytes, int] | None = None
+) -> Packed:
+    """Pack a tree (as `arrange` gives it) into the new file `target`; see `pack`."""
+    unpacked = sum(length for entry in entries if entry.is_file for _, length in entry.segments)
+    with steps.step("pack") as step:
+        _feed(entries, target, unpacked, step, order or {})
+        size = target.stat().st_size
+        step.detail = f"{unpacked >> 20} MiB in {len(entries)} entries -> {size >> 20} MiB"
+    return Packed(target, architecture, size, len(entries), unpacked)
 
 
 def kind_of(source: Path) -> str:
@@ -105,14 +112,15 @@ def kind_of(source: Path) -> str:
     return "squashfs" if head == squashfs.MAGIC else "tar"
 
 
-def _no_architecture(source: Path) -> UserError:
+def no_architecture(source: Path | str) -> UserError:
     return UserError(
         f"{source}: no program in it tells its architecture",
         f"is it a root file system? If so, say it: --arch {os.uname().machine}",
     )
 
 
-def _architecture(entries: Iterable[Entry]) -> str | None:
+def architecture_of(entries: Iterable[Entry]) -> str | None:
+    """What the likeliest program among `entries` is for; None if there is none."""
     files = {e.path: e for e in entries if e.is_file and e.mode & 0o111 and e.size >= HEADER}
     for path in likely_programs(files):
         if machine := elf_machine(files[path].read(HEADER)):
@@ -128,7 +136,7 @@ def _take(source: Path, target: Path, steps: Steps, architecture: str | None) ->
         superblock = squashfs.read_superblock(source)
         found = squashfs.architecture(source)
         if architecture is None and found is None:
-            raise _no_architecture(source)
+            raise no_architecture(source)
         step.detail = f"{superblock.compressor}, {superblock.inodes} inodes"
     with steps.step("copy"):
         # A copy: were the user's file changed later, its hash would no longer be true.
@@ -151,7 +159,7 @@ def _feed(entries: list[Entry], target: Path, total: int, step: Step, order: Map
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=errors, stderr=errors, env=environment) as process:
             assert process.stdin is not None
             try:
-                _write_tar(entries, process.stdin, total, step, order)
+                write_tar(entries, process.stdin, total, step, order)
                 process.stdin.close()
             except BrokenPipeError:
                 pass  # it gave up and says why on stderr
@@ -166,7 +174,7 @@ def _feed(entries: list[Entry], target: Path, total: int, step: Step, order: Map
             raise failure(f"packing failed: tar2sqfs: {reason}", f"is there space in {target.parent}?")
 
 
-def _write_tar(entries: list[Entry], out: IO[bytes], total: int, step: Step, order: Mapping[bytes, int]) -> None:
+def write_tar(entries: list[Entry], out: IO[bytes], total: int, step: Step, order: Mapping[bytes, int]) -> None:
     """The whole tree as a tar stream, what a container starts first in front (squashfs keeps the
     order of the contents, directories are sorted by tar2sqfs itself)."""
     done, told = 0, 0.0

@@ -12,29 +12,19 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import IO
 
-from hostos.errors import UserError, failure
+from hostos.errors import failure
+from hostos.image.layers import as_tar, need, torrents
 from hostos.image.layout import Layout, read_layout
 from hostos.image.pack import BLOCK_SIZE, pack
 from hostos.image.recording import Recording, to_trace
 from hostos.image.store import Store, StoredImage
 from hostos.live.manifest import Layer, Manifest
-from hostos.live.torrents import Torrent, make_layer_torrent, parse_layer_torrent
+from hostos.live.torrents import Torrent, make_layer_torrent
 from hostos.steps import Steps
 
 TWIN_NAME = "hostos/tracing"
-
-
-def torrents(store: Store, image: StoredImage) -> list[tuple[Torrent, Path]]:
-    """The image's layers, lowest first, as `Store.add` takes them. Raises UserError if some are missing."""
-    if image.missing:
-        raise UserError(f"layers of image {image.name} are missing in the store", "publish it again")
-    return [
-        (parse_layer_torrent((image.directory / "layers" / f"{number}.torrent").read_bytes()), store.layer_path(layer))
-        for number, layer in enumerate(image.manifest.layers)
-    ]
 
 
 @contextmanager
@@ -44,7 +34,7 @@ def twin(store: Store, image: StoredImage, steps: Steps) -> Iterator[tuple[str, 
     with store.incoming() as temporary:
         file = temporary / "layer.squashfs"
         with steps.step("copy without compression") as step:
-            with _as_tar(layers[-1][1]) as source:
+            with as_tar(layers[-1][1]) as source:
                 _run(
                     ["sqfstar", "-quiet", "-no-progress", "-noI", "-noD", "-noF", "-noX", "-no-fragments",
                      "-no-duplicates", "-b", str(BLOCK_SIZE), str(file)],
@@ -70,7 +60,7 @@ def repack(store: Store, image: StoredImage, recording: Recording, steps: Steps)
     with store.incoming() as temporary:
         tree = temporary / "tree.tar"
         with steps.step("unpack") as step:
-            with _as_tar(layers[-1][1]) as source, tree.open("wb") as target:
+            with as_tar(layers[-1][1]) as source, tree.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
             step.detail = f"{tree.stat().st_size >> 20} MiB"
         file = temporary / "layer.squashfs"
@@ -87,32 +77,9 @@ def _manifest(manifest: Manifest, top: Torrent, name: str) -> Manifest:
     return replace(manifest, name=name, layers=(*manifest.layers[:-1], layer))
 
 
-@contextmanager
-def _as_tar(layer: Path) -> Iterator[IO[bytes]]:
-    """The tree of a squashfs file as a tar stream, its root's own attributes included."""
-    _need("sqfs2tar", "squashfs-tools-ng")
-    command = ["sqfs2tar", "--no-skip", "--root-becomes", ".", str(layer)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        try:
-            yield process.stdout
-        except BaseException:
-            process.kill()
-            raise
-        said = process.stderr.read().decode(errors="replace").strip()
-        if process.wait():
-            raise failure(f"{layer} can't be unpacked: {said.splitlines()[-1] if said else 'sqfs2tar failed'}")
-
-
 def _run(command: list[str], source: IO[bytes]) -> None:
-    _need(command[0], "squashfs-tools (4.5 or later)")
+    need(command[0], "squashfs-tools (4.5 or later)")
     done = subprocess.run(command, stdin=source, capture_output=True, check=False)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         raise failure(f"{command[0]} failed: {said[-1] if said else done.returncode}", "is the disk full?")
-
-
-def _need(program: str, package: str) -> None:
-    if not shutil.which(program):
-        raise UserError(f"{program} is needed to trace an image", f"install {package}")

@@ -34,6 +34,8 @@ from hostos.steps import Step, Steps
 
 SPOOL_LIMIT = 1 << 40
 """A compressed archive may unpack to at most this many bytes."""
+BOMB_SIZE, BOMB_RATIO = 1 << 30, 200
+"""One that unpacks to over 1 GiB may at most be this many times as large as it is."""
 
 
 # --- directories ------------------------------------------------------------------------------------
@@ -179,20 +181,29 @@ def read_tar(path: Path, stack: ExitStack, steps: Steps) -> list[Entry]:
     """
     file = stack.enter_context(path.open("rb"))
     with steps.step(f"read {path.name}") as step:
-        plain = _decompressed(file, path, stack, step)
-        skipped: Counter[str] = Counter()
-        try:
-            archive = tarfile.open(fileobj=plain, mode="r:", encoding="utf-8", errors="surrogateescape")
-            stack.enter_context(archive)
-            entries = list(_tar_entries(archive, plain, path, skipped))
-            _check_end(archive, plain, path)
-        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-            raise UserError(f"{path}: not a usable tar archive: {error}") from None
+        plain = decompressed(file, path, stack, step)
+        entries, skipped = read_plain_tar(plain, path, stack)
         step.detail = f"{len(entries)} entries"
     if not entries:
         raise UserError(f"{path}: an empty archive")
     _warn(skipped, steps)
     return entries
+
+
+def read_plain_tar(plain: BinaryIO, path: Path, stack: ExitStack) -> tuple[list[Entry], Counter[str]]:
+    """All entries of an archive that isn't compressed (any more), and what of it could not be taken.
+
+    `path`: what messages call it. Raises UserError as `read_tar` does.
+    """
+    skipped: Counter[str] = Counter()
+    try:
+        archive = tarfile.open(fileobj=plain, mode="r:", encoding="utf-8", errors="surrogateescape")
+        stack.enter_context(archive)
+        entries = list(_tar_entries(archive, plain, path, skipped))
+        _check_end(archive, plain, path)
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: not a usable tar archive: {error}") from None
+    return entries, skipped
 
 
 def _tar_entries(archive: tarfile.TarFile, plain: BinaryIO, path: Path, skipped: Counter[str]) -> Iterator[Entry]:
@@ -320,7 +331,7 @@ _COMPRESSIONS = (
 )
 
 
-def _decompressed(file: BinaryIO, path: Path, stack: ExitStack, step: Step) -> BinaryIO:
+def decompressed(file: BinaryIO, path: Path, stack: ExitStack, step: Step) -> BinaryIO:
     """`file` itself, or an unnamed temporary file with its content unpacked (entries are read in
     another order than they are stored in)."""
     head = file.read(8)
@@ -364,10 +375,12 @@ def _disk(error: OSError) -> UserError:
 
 
 def _spool(source: BinaryIO, spool: BinaryIO, path: Path, step: Step) -> None:
-    size = 0
+    size, packed = 0, path.stat().st_size
     while data := source.read(1 << 20):
         size += len(data)
         if size > SPOOL_LIMIT:
             raise UserError(f"{path}: unpacks to more than {SPOOL_LIMIT} bytes")
+        if size > BOMB_SIZE and size > BOMB_RATIO * packed:
+            raise UserError(f"{path}: unpacks to more than {BOMB_RATIO} times its size: refused", "unpack it yourself")
         spool.write(data)
         step.progress(f"unpacked {size >> 20} MiB")

@@ -26,6 +26,7 @@ from hostos.errors import UserError
 from hostos.live.manifest import Layer, Manifest
 from hostos.live.torrents import (
     MAX_LAYER_TORRENT,
+    OPTIONAL_FILES,
     ImageBundle,
     Torrent,
     layer_path,
@@ -112,14 +113,20 @@ class Store:
             finally:
                 os.close(descriptor)
 
-    def add(self, manifest: Manifest, layers: list[tuple[Torrent, Path]], trace: bytes | None = None) -> str:
+    def add(
+        self,
+        manifest: Manifest,
+        layers: list[tuple[Torrent, Path]],
+        trace: bytes | None = None,
+        bill: bytes | None = None,
+    ) -> str:
         """Add an image; returns its hash. `layers`: each with its file (from `incoming()`: it is
         moved), or with its present place in the store. Adding an image again renews its date.
 
         Raises UserError if torrents and manifest don't belong together, a failure if another
         process keeps the store locked for `LOCK_DEADLINE` seconds.
         """
-        torrent, files = make_image_torrent(manifest, [layer.data for layer, _ in layers], trace)
+        torrent, files = make_image_torrent(manifest, [layer.data for layer, _ in layers], trace, bill)
         with self.incoming() as temporary, self._lock():
             for layer, path in layers:
                 place = self.layers_dir / layer.info_hash / layer.name
@@ -238,8 +245,7 @@ class Store:
         image = self.get(reference)
         try:
             paths = ["manifest.json", *(layer_path(n) for n in range(len(image.manifest.layers)))]
-            if (image.directory / "trace.json").exists():
-                paths.append("trace.json")
+            paths += [name for name in OPTIONAL_FILES if (image.directory / name).exists()]
             files = {path: _read(image.directory / path) for path in paths}
         except OSError as error:
             raise UserError(

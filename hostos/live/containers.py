@@ -198,6 +198,7 @@ class Containers:
             only_mounted=only_mount,
             began=began,
             milestones=milestones,
+            changes=(kept.path if kept else self._place / options.name / "upper") / "changes",
         )
         if base is not None:
             # At once, and until everything is undone: others may be prepared meanwhile.

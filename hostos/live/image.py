@@ -29,7 +29,7 @@ from hostos.live.torrents import (
     IMAGE_NAME,
     MANIFEST_FILE,
     MAX_IMAGE_SIZE,
-    TRACE_FILE,
+    OPTIONAL_FILES,
     ImageBundle,
     layer_path,
     magnet,
@@ -238,7 +238,7 @@ def check_metadata(info: Any) -> dict[str, tuple[int, int]]:
             continue
         path = files.file_path(index).removeprefix(f"{info.name()}/")
         found[path] = (files.file_offset(index), files.file_size(index))
-    known = {MANIFEST_FILE, TRACE_FILE} | {layer_path(index) for index in range(len(found))}
+    known = {MANIFEST_FILE, *OPTIONAL_FILES} | {layer_path(index) for index in range(len(found))}
     if info.name() != IMAGE_NAME or MANIFEST_FILE not in found or not found.keys() <= known:
         what = f"{len(found)} files" if len(found) != 1 else "one file"
         hint = "give the hash `hostos image publish` printed, not that of a layer"

@@ -24,6 +24,9 @@ KIND = "hostos-image"
 MAX_MANIFEST = 256 * 1024
 """Largest `manifest.json`, bytes."""
 MAX_LAYERS = 64
+MAX_PARENTS = 64
+MAX_HISTORY = 1024
+"""Longest description of a layer, bytes."""
 MAX_LAYER_SIZE = 1 << 40
 """Largest layer, bytes (1 TiB)."""
 
@@ -167,12 +170,18 @@ class BootConfig:
 
 @dataclass(frozen=True)
 class Manifest:
-    """An image: `layers` lowest first. Construction checks everything and raises UserError."""
+    """An image: `layers` lowest first. Construction checks everything and raises UserError.
+
+    `parents`: hashes of the images it inherits from, nearest first, whose layers are its own lower
+    ones; `history`: for each layer what made it, in a few words, or nothing at all. Both only inform.
+    """
 
     name: str
     architecture: str
     layers: tuple[Layer, ...]
     boot: BootConfig = BootConfig()
+    parents: tuple[str, ...] = ()
+    history: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_name(_text(self.name, "name", 128))
@@ -182,6 +191,14 @@ class Manifest:
             raise _bad(f"{len(self.layers)} layers; an image has 1 to {MAX_LAYERS}")
         if len({layer.torrent for layer in self.layers}) != len(self.layers):
             raise _bad("a layer is listed twice")
+        if not all(_HASH.fullmatch(_text(parent, "parent", 64)) for parent in self.parents):
+            raise _bad("a parent is not 64 lower-case hex digits")
+        if len(set(self.parents)) != len(self.parents):
+            raise _bad("a parent is listed twice")
+        for text in self.history:
+            _text(text, "history", MAX_HISTORY)
+        if len(self.history) not in (0, len(self.layers)):
+            raise _bad("its history is not that of its layers")
 
     @property
     def size(self) -> int:
@@ -210,6 +227,7 @@ class Manifest:
             ],
             "boot": {key: value for key, value in boot.items() if value},
         }
+        data |= {key: list(value) for key in ("parents", "history") if (value := getattr(self, key))}
         text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
         if len(text) > MAX_MANIFEST:
             raise UserError(
@@ -232,7 +250,8 @@ class Manifest:
                 f"the image's manifest has schema {str(value['schema'])[:20]}, this hostos knows {SCHEMA}",
                 "update hostos" if type(value["schema"]) is int and value["schema"] > SCHEMA else "",
             )
-        value = _object(value, "the manifest", ("schema", "kind", "name", "architecture", "layers", "boot"))
+        required = ("schema", "kind", "name", "architecture", "layers", "boot")
+        value = _object(value, "the manifest", required, ("parents", "history"))
         _number(value["schema"], "schema", SCHEMA, SCHEMA)
         if value["kind"] != KIND:
             raise _bad(f"its kind is not {KIND}")
@@ -241,6 +260,8 @@ class Manifest:
             architecture=_text(value["architecture"], "architecture", 32),
             layers=tuple(_layer(item) for item in _list(value["layers"], "layers", MAX_LAYERS)),
             boot=_boot(value["boot"]),
+            parents=tuple(_list(value.get("parents", []), "parents", MAX_PARENTS)),
+            history=tuple(_list(value.get("history", []), "history", MAX_LAYERS)),
         )
 
 

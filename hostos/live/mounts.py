@@ -309,9 +309,14 @@ def mount_root(
             changes.mkdir()
             os.chown(changes, top.st_uid, top.st_gid)
             changes.chmod(stat.S_IMODE(top.st_mode))
+        # By descriptor: mount(2) takes a page of options, which 64 paths would not fit into.
+        opened = []
+        for lower in reversed(lowers):
+            opened.append(os.open(lower, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            temporary.callback(os.close, opened[-1])
         options = ",".join(
             (
-                "lowerdir=" + ":".join(str(lower) for lower in reversed(lowers)),
+                "lowerdir=" + ":".join(f"/proc/self/fd/{descriptor}" for descriptor in opened),
                 f"upperdir={changes}",
                 f"workdir={work}",
                 # Lets directories of a layer be renamed (dpkg does).

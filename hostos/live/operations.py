@@ -6,6 +6,7 @@ docs/live-boot.md lists them. None of them may block in the kernel outside a thr
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -66,6 +67,7 @@ class Operations:
             "prune": self.prune,
             "pin": self.pin,
             "exec": self.exec,
+            "capture": self.capture,
             "logs": self.logs,
             "stop": self.stop,
         }
@@ -253,6 +255,17 @@ class Operations:
         request.done()
         leader = await self.containers.leader(container)
         return {"argv": make.enter_argv(leader, list(command) or make.SHELL, term)}
+
+    async def capture(self, request: Request, connection: Connection) -> dict[str, Any]:
+        """What prints a container's changes as a tar stream (see hostos.live.upper)."""
+        container = self.containers.get(request.text("name"))
+        request.done()
+        if container.only_mounted:
+            raise UserError(f"{container.options.name!r} is only mounted: nothing runs in it")
+        argv = [sys.executable, "-m", "hostos.live.upper", str(container.changes), str(container.base or 0)]
+        if container.supervisor:
+            argv.append(str(await self.containers.leader(container)))
+        return {"image": container.bundle.image, "argv": argv}
 
     async def logs(self, request: Request, connection: Connection) -> dict[str, Any]:
         name, follow = request.text("name"), request.flag("follow")

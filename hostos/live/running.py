@@ -57,6 +57,8 @@ class Container:
     state: Path
     created: float
     root: Path = Path()
+    changes: Path = Path()
+    """The upper directory of its root."""
     layers: list[MountedLayer] = field(default_factory=list)
     before: dict[str, int] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)

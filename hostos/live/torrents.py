@@ -38,6 +38,11 @@ IMAGE_NAME = "hostos-image"
 """Name, and so the directory, of every image torrent."""
 MANIFEST_FILE = "manifest.json"
 TRACE_FILE = "trace.json"
+BILL_FILE = "sbom.cdx.json"
+MAX_BILL = 1 << 20
+"""Largest bill of materials, bytes. Nobody reads it to boot an image."""
+
+OPTIONAL_FILES = (TRACE_FILE, BILL_FILE)
 
 MAX_LAYER_TORRENT = 64 * 1024 * 1024
 """Largest torrent of a layer, bytes (64 MiB of piece hashes are 128 GiB in 64 KiB pieces)."""
@@ -101,7 +106,7 @@ def layer_file_name(digest: bytes) -> str:
 
 
 def make_image_torrent(
-    manifest: Manifest, layer_torrents: list[bytes], trace: bytes | None = None
+    manifest: Manifest, layer_torrents: list[bytes], trace: bytes | None = None, bill: bytes | None = None
 ) -> tuple[Torrent, dict[str, bytes]]:
     """The image's torrent and the files it holds, by path. `layer_torrents`: as `manifest.layers`.
 
@@ -111,6 +116,8 @@ def make_image_torrent(
     files |= {layer_path(index): data for index, data in enumerate(layer_torrents)}
     if trace is not None:
         files[TRACE_FILE] = trace
+    if bill is not None:
+        files[BILL_FILE] = bill
     torrent = image_torrent(files)
     verify_files(torrent.info_hash, files)
     return torrent, files
@@ -333,15 +340,17 @@ def verify_files(image: str, files: Mapping[str, bytes]) -> ImageBundle:
     """
     if sum(len(data) for data in files.values()) > MAX_IMAGE_SIZE:
         raise _bad_bundle(f"more than {MAX_IMAGE_SIZE} bytes")
-    if not files.keys() <= {MANIFEST_FILE, TRACE_FILE, *(layer_path(n) for n in range(MAX_LAYERS))}:
+    if not files.keys() <= {*OPTIONAL_FILES, MANIFEST_FILE, *(layer_path(n) for n in range(MAX_LAYERS))}:
         raise _bad_bundle("it has files that no image has")
+    if len(files.get(BILL_FILE, b"")) > MAX_BILL:
+        raise _bad_bundle(f"its bill of materials is larger than {MAX_BILL} bytes")
     torrent = image_torrent(files)
     if torrent.info_hash != image:
         raise _bad_bundle(f"its content has the hash {torrent.info_hash} instead of {image}")
     if MANIFEST_FILE not in files:
         raise _bad_bundle(f"it has no {MANIFEST_FILE}")
     manifest = Manifest.parse(files[MANIFEST_FILE])
-    if files.keys() - {MANIFEST_FILE, TRACE_FILE} != {layer_path(n) for n in range(len(manifest.layers))}:
+    if files.keys() - {*OPTIONAL_FILES, MANIFEST_FILE} != {layer_path(n) for n in range(len(manifest.layers))}:
         raise _bad_bundle("its layers aren't those of its manifest")
     layers = []
     for index, layer in enumerate(manifest.layers):

@@ -1,0 +1,47 @@
+"""Lets a name of one's own mean an image."""
+
+from __future__ import annotations
+
+import time
+
+from hostos.errors import UserError
+from hostos.live.torrents import parse_peer
+from hostos.names.book import Names
+from hostos.names.record import MAX_PEERS, Record, check_name
+from hostos.names.sources import Dht
+
+
+def push(image: str, name: str, peers: tuple[str, ...], days: int, names: Names | None = None) -> tuple[Record, int]:
+    """Sign the next record; it, and how many DHT nodes took it (0 if none was chosen).
+
+    Raises UserError: no key yet, too many peers; a failure if the DHT that was chosen takes nothing (the record
+    is signed and counts all the same: pushing again tries again).
+    """
+    names = names or Names()
+    check_name(name)
+    key, public = names.key(), names.public_key()
+    if key is None or public is None:
+        raise UserError("you have no key to sign with", f"hostos name create {name}")
+    named = tuple(parse_peer(peer) for peer in peers) or _seed()
+    if len(named) > MAX_PEERS:
+        raise UserError(f"{len(named)} peers; a record has at most {MAX_PEERS}", "name fewer --peer")
+    last = names.last(public, name)
+    at = int(time.time())
+    record = Record(public, name, last.sequence + 1 if last else 1, image, at, at + days * 86400, named).sign(key)
+    record.to_json()
+    names.accept(record, public, name)
+    nodes = names.book().dht
+    if not nodes:
+        return record, 0
+    with Dht(nodes) as dht:
+        return record, dht.put(key, name, record.to_json())
+
+
+def _seed() -> tuple[str, ...]:
+    """The seed's address, if it listens where others can reach it."""
+    from hostos.image import seeding
+
+    running = seeding.status()
+    if running is None or running.host.startswith("127.") or running.host in ("::1", "0.0.0.0", "::"):
+        return ()
+    return (running.address,)
