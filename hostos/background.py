@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
+import signal
 import socket
 import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +309,67 @@ class Control:
 
 def _refused(reason: str) -> dict[str, Any]:
     return {"schema": SCHEMA, "ok": False, "error": reason}
+
+
+CRASHES = 5
+CRASHES_WITHIN_S = 60.0
+
+
+def supervise(work: Callable[[Callable[[], None]], int], ready: Callable[[], None]) -> int:
+    """Run `work` in a process of its own and again should it die; returns its exit status when it ends
+    by itself. `work` gets what it has to call when it is ready.
+
+    It is given up after it died `CRASHES` times within a minute, or before it was ready once. SIGTERM
+    and SIGINT are passed on.
+    """
+    deaths: list[float] = []
+    first = True
+    while True:
+        receive, send = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(receive)
+            _die_with_parent()
+            status = 1
+            try:
+                status = work(partial(_tell, send))
+            except BaseException as error:
+                log(f"{type(error).__name__}: {error}")
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        os.close(send)
+
+        def pass_on(number: int, _: object, child: int = child) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, pass_on)
+        if os.read(receive, 1) and first:
+            first = False
+            ready()
+        os.close(receive)
+        _, code = os.waitpid(child, 0)
+        status = os.waitstatus_to_exitcode(code)
+        if status in (0, 2) or first:
+            return status & 0xFF
+        now = time.monotonic()
+        deaths = [*(death for death in deaths if now - death < CRASHES_WITHIN_S), now]
+        if len(deaths) >= CRASHES:
+            log(f"died {len(deaths)} times within {CRASHES_WITHIN_S:.0f} s: given up")
+            return 1
+        log(f"died with status {status}: started again")
+        time.sleep(0.2 * len(deaths))
+
+
+def _tell(descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        os.write(descriptor, b"+")
+
+
+def _die_with_parent() -> None:
+    """On Linux: a worker whose supervisor was killed ends, too (prctl(2), PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)

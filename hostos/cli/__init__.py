@@ -39,6 +39,7 @@ COMMANDS = {
     "container": "container",
     "image": "image",
     "seed": "seed",
+    "mirror": "mirror",
     "cache": "cache",
     "doctor": "doctor",
     "config": "config",

@@ -78,10 +78,10 @@ def _show(details: dict[str, Any], as_json: bool) -> None:
         click.echo(line + (f"  {torrent['error']}" if torrent["error"] else ""))
 
 
-def parse_rate(text: str) -> int:
+def parse_rate(text: str, option: str = "--upload-limit") -> int:
     """Bytes per second from `500K`, `2M`, `1G` (powers of 1024) or a plain number. Raises UserError."""
     match = re.fullmatch(r"([0-9]{1,9})([KMG]?)", text.strip().upper())
     rate = int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]] if match else 0
     if not 0 < rate < 1 << 31:
-        raise UserError(f"--upload-limit {text!r} is not a rate", "e.g. --upload-limit 500K (bytes per second)")
+        raise UserError(f"{option} {text!r} is not a rate", f"e.g. {option} 500K (bytes per second)")
     return rate
