@@ -121,6 +121,18 @@ KEYS = {
         Key("swarm.upload_limit", "text", None, "what a machine's client may send, bytes a second; else all"),
         Key("seed.listen", "text", None, "where the seed listens, ADDRESS[:PORT]; else 127.0.0.1"),
         Key("seed.upload_limit", "text", None, "what the seed may send, e.g. 2M bytes a second; else all it can"),
+        Key("mirror.listen", "list", None, "where the package cache listens, ADDRESS:PORT; else loopback, 3143"),
+        Key("mirror.share", "text", None, "where it serves peers, ADDRESS[:PORT]; else nowhere"),
+        Key("mirror.peers", "list", None, "peers to ask for packages, HOST[:PORT]"),
+        Key("mirror.lan", "text", "no", "find peers on the local network", choices=("yes", "no")),
+        Key("mirror.dht", "list", None, "nodes of a DHT to find peers in, HOST:PORT"),
+        Key("mirror.cluster_key", "text", None, "file with the key that members of a private cluster share"),
+        Key("mirror.size", "text", "20G", "what the package cache may hold"),
+        Key("mirror.keep_days", "integer", 90, "after so many days unused, a package is removed; 0: never", 0, 36500),
+        Key("mirror.upload_limit", "text", None, "what peers may get, e.g. 2M bytes a second; else all there is"),
+        Key("mirror.download_limit", "text", None, "what mirrors and peers may send, bytes a second; else all"),
+        Key("mirror.contribute", "integer", 0, "packages a day to fetch and offer that nobody here uses", 0, 1000),
+        Key("mirror.prefetch", "text", "no", "fetch new versions of what is used", choices=("yes", "no")),
     )
 }
 

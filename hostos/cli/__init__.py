@@ -40,6 +40,7 @@ COMMANDS = {
     "image": "image",
     "seed": "seed",
     "name": "name",
+    "mirror": "mirror",
     "cache": "cache",
     "doctor": "doctor",
     "config": "config",

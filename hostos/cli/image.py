@@ -229,7 +229,7 @@ def export(reference: str, directory: Path, url: str | None) -> None:
     written = exporting.export(store, found, directory, steps())
     if address:
         click.echo(store.bundle(found.hash).torrent.magnet(web_seeds=(address,)))
-    click.echo(f"{found.name}: {_size(written)} written; boot it with --web-seed {address or 'URL'}", err=True)
+    click.echo(f"{found.name}: {human_size(written)} written; boot it with --web-seed {address or 'URL'}", err=True)
 
 
 @image.command()

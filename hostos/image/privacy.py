@@ -13,7 +13,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from hostos.errors import UserError
-from hostos.image.retrace import torrents
+from hostos.image.layers import torrents
 from hostos.image.store import Store, StoredImage
 from hostos.live.private import CIPHER, KEY_SIZE, SECTOR, key_to_text, layer_key, parse_key
 from hostos.live.torrents import TRACE_FILE, make_layer_torrent

@@ -1,10 +1,8 @@
 """The seed: one libtorrent session that offers what is in the store. `python -m hostos.image.seed`
 
-Run in the background by `hostos.image.seeding`; speaks JSON lines over a Unix socket (one request,
-one answer): `{"op": "status"}`, `{"op": "reload"}`, `{"op": "stop"}`, `{"op": "admit", "host": …,
-"guest": …}`. Announces itself to nobody
-unless it was started with `--lan` or `--public`. That it lives is told by the lock it holds on its state
-directory, which the kernel drops with it.
+Run in the background by `hostos.image.seeding`. Its control socket (`hostos.background`) takes
+`{"op": "status"}`, `{"op": "reload"}`, `{"op": "stop"}` and `{"op": "admit", "host": …, "guest": …}`.
+Announces itself to nobody unless it was started with `--lan` or `--public`.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -25,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import libtorrent
-import psutil
 
-from hostos import __version__
+from hostos import __version__, background
 from hostos.errors import UserError
 from hostos.image.seed_session import Door, listen
-from hostos.image.seeding import SCHEMA, Place
+from hostos.image.seeding import Place
 from hostos.image.store import IMAGE_TORRENT, Store, StoredImage
 from hostos.live.nodelay import NoDelay
 from hostos.live.swarm_settings import SwarmSettings
@@ -38,7 +34,6 @@ from hostos.live.torrents import parse_layer_torrent
 
 RESCAN = 1.0
 """Seconds between looks at the store (a publish also says `reload`)."""
-MAX_REQUEST = 4096
 
 
 @dataclass
@@ -163,9 +158,7 @@ class Daemon:
             loop.add_signal_handler(number, self.stopping.set)
         self.seeder.changed()
         self.seeder.reload()
-        self.place.socket.unlink(missing_ok=True)
-        server = await asyncio.start_unix_server(self._serve, str(self.place.socket), limit=MAX_REQUEST)
-        self.place.socket.chmod(0o600)
+        server = await background.Control(self.place, self.answer).open()
         self.ready()
         async with server:
             while not self.stopping.is_set():
@@ -179,39 +172,18 @@ class Daemon:
         self.place.socket.unlink(missing_ok=True)
         self.seeder.log("stopped")
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            async with asyncio.timeout(10):
-                answer = self.answer(await reader.readline())
-                writer.write(json.dumps(answer).encode() + b"\n")
-                await writer.drain()
-        except (TimeoutError, ValueError, OSError):
-            pass  # the client's fault: it said nothing, too much, or has gone
-        finally:
-            writer.close()
-
-    def answer(self, line: bytes) -> dict[str, Any]:
-        try:
-            request = json.loads(line)
-            operation = request["op"]
-            if request.get("schema", SCHEMA) != SCHEMA:
-                return {"schema": SCHEMA, "ok": False, "error": f"this seed speaks schema {SCHEMA}"}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return {"schema": SCHEMA, "ok": False, "error": "not a request"}
+    def answer(self, operation: str, request: dict[str, Any]) -> dict[str, Any]:
         if operation == "reload":
             self.seeder.changed()
             self.seeder.reload()
         elif operation == "stop":
             self.stopping.set()
         elif operation == "admit":
-            try:
-                self.door.admit(str(request.get("host")), str(request.get("guest")))
-            except (UserError, ValueError) as error:
-                return {"schema": SCHEMA, "ok": False, "error": str(error)}
+            self.door.admit(str(request.get("host")), str(request.get("guest")))
             self.nodelay.scan()
         elif operation != "status":
-            return {"schema": SCHEMA, "ok": False, "error": f"unknown operation {operation!r}"}
-        return {"schema": SCHEMA, "ok": True, **self.status()}
+            raise ValueError(f"unknown operation {operation!r}")
+        return self.status()
 
     def status(self) -> dict[str, Any]:
         torrents = self.seeder.status()
@@ -229,10 +201,6 @@ class Daemon:
             "peers": sum(torrent["peers"] for torrent in torrents),
             "torrents": torrents,
         }
-
-
-def _log(text: str) -> None:
-    print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
 
 
 def _listen(place: Place, host: str, port: int | None, swarm: SwarmSettings) -> tuple[Any, int]:
@@ -256,24 +224,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--socket", type=Path, required=True)
     options = parser.parse_args(arguments)
     swarm = SwarmSettings.parse(json.loads(options.swarm))
-    ready = detach()
+    ready = background.detach()
     place = Place(options.state, options.socket)
-    with place.running.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log("another seed runs already")
+    with background.hold(place) as alone:
+        if not alone:
+            background.log("another seed runs already")
             return 3
         try:
             session, port = _listen(place, options.host, options.port, swarm)
         except UserError as error:
-            _log(f"error: {error.message}")
+            background.log(f"error: {error.message}")
             return 2
         place.port.write_text(f"{port}\n")
-        me = {"schema": SCHEMA, "pid": os.getpid(), "started": psutil.Process().create_time()}
-        place.info.write_text(json.dumps(me) + "\n")
-        _log(f"hostos {__version__}: seeding {options.store} on {options.host}:{port}")
-        seeder = Seeder(session, Store(options.store), _log)
+        background.write_info(place)
+        background.log(f"hostos {__version__}: seeding {options.store} on {options.host}:{port}")
+        seeder = Seeder(session, Store(options.store), background.log)
 
         async def serve() -> None:
             await Daemon(seeder, place, options.host, port, swarm, ready).run()
@@ -281,31 +246,6 @@ def main(arguments: list[str] | None = None) -> int:
         asyncio.run(serve())
         place.info.unlink(missing_ok=True)
     return 0
-
-
-def detach() -> Callable[[], None]:
-    """Go on in a process of its own; what this returns tells the first one to end, which until then
-    waits, so that whoever started it knows.
-
-    If the first one has been killed meanwhile, nobody wants this seed any more: then telling it
-    raises BrokenPipeError, and the seed ends.
-    """
-    receive, send = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(send)
-        if os.read(receive, 1):
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-    os.close(receive)
-    os.setsid()
-
-    def tell() -> None:
-        os.write(send, b"+")
-        os.close(send)
-
-    return tell
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hostos import background
 from hostos.cli.swarm import parse_rate
 from hostos.errors import UserError
 from hostos.image import seeding
@@ -206,8 +207,8 @@ def test_a_stale_pid_is_nobody(home: Path) -> None:
 
 def test_a_seed_that_hangs_is_told_and_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     info = seeding.start()
-    monkeypatch.setattr(seeding, "ANSWER_DEADLINE", 0.3)
-    monkeypatch.setattr(seeding, "STOP_DEADLINE", 1.0)
+    monkeypatch.setattr(background, "ANSWER_DEADLINE", 0.3)
+    monkeypatch.setattr(background, "STOP_DEADLINE", 1.0)
     os.kill(info.pid, signal.SIGSTOP)
     try:
         assert seeding.status() is None

@@ -1,0 +1,109 @@
+"""Finding peers in a DHT, opt-in: who has a file announces it there under a key made from its hash.
+
+libtorrent's DHT node (BEP 5: announce_peer, get_peers); no torrent is involved, the port announced is
+that of the peers' HTTP server. It joins by the nodes that the user named, and knows no others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import libtorrent
+
+from hostos.mirror.cluster import Cluster
+
+FIND_S = 2.0
+"""How long an answer is waited for,"""
+ENOUGH = 4
+"""or until so many peers are known."""
+AGAIN_S = 600.0
+"""How long what was found is taken as it was."""
+ANNOUNCE_S = 25 * 60.0
+"""Nodes forget an announcement after 30 minutes (BEP 5 leaves it open; libtorrent's own time)."""
+ANNOUNCES_PER_S = 10
+MAX_CACHED = 4096
+POLL_S = 0.05
+
+
+class Finder:
+    """`port`: of the peers' HTTP server, 0 if it serves none and hence announces nothing; `has`: is the
+    file (still) in the store?"""
+
+    def __init__(
+        self, host: str, nodes: list[tuple[str, int]], cluster: Cluster, port: int, has: Callable[[str], bool]
+    ) -> None:
+        self.cluster, self.port, self._has = cluster, port, has
+        self.session: Any = libtorrent.session(
+            {
+                "listen_interfaces": f"{host}:{port}",
+                "enable_dht": True,
+                "enable_lsd": False,
+                "enable_upnp": False,
+                "enable_natpmp": False,
+                "dht_bootstrap_nodes": "",
+                "dht_restrict_routing_ips": False,
+                "dht_restrict_search_ips": False,
+                "alert_mask": libtorrent.alert.category_t.dht_notification
+                | libtorrent.alert.category_t.dht_operation_notification,
+            }
+        )
+        for node in nodes:
+            self.session.add_dht_node(node)
+        self._nodes = nodes
+        self._due: OrderedDict[str, float] = OrderedDict()
+        self._found: OrderedDict[str, tuple[float, set[tuple[str, int]]]] = OrderedDict()
+        self._waiting: dict[bytes, set[tuple[str, int]]] = {}
+
+    def announce(self, sha256: str) -> None:
+        """Say from now on that this file is here."""
+        if self.port:
+            self._due.setdefault(sha256, 0.0)
+
+    async def find(self, sha256: str) -> set[tuple[str, int]]:
+        """(address, port) of who said that it has the file."""
+        cached = self._found.get(sha256)
+        if cached and time.monotonic() - cached[0] < AGAIN_S:
+            return cached[1]
+        key = self.cluster.swarm_key(sha256)
+        found = self._waiting.setdefault(key, set())
+        self.session.dht_get_peers(libtorrent.sha1_hash(key))
+        until = time.monotonic() + FIND_S
+        while time.monotonic() < until and len(found) < ENOUGH:
+            await asyncio.sleep(POLL_S)
+        self._waiting.pop(key, None)
+        if found:
+            self._found[sha256] = (time.monotonic(), found)
+            while len(self._found) > MAX_CACHED:
+                self._found.popitem(last=False)
+        return found
+
+    async def run(self) -> None:
+        """Announces what is due, and reads what comes; until cancelled."""
+        allowance = 1.0
+        while True:
+            for alert in self.session.pop_alerts():
+                if isinstance(alert, libtorrent.dht_get_peers_reply_alert):
+                    key = bytes.fromhex(str(alert.info_hash))
+                    if (found := self._waiting.get(key)) is not None:
+                        found |= {(str(host), int(port)) for host, port in alert.peers() if 0 < int(port) < 65536}
+            allowance = min(allowance + ANNOUNCES_PER_S * POLL_S, ANNOUNCES_PER_S)
+            now = time.monotonic()
+            while self._due and allowance >= 1:
+                sha256, due = next(iter(self._due.items()))
+                if due > now:
+                    break
+                if not self._has(sha256):
+                    del self._due[sha256]
+                    continue
+                self.session.dht_announce(libtorrent.sha1_hash(self.cluster.swarm_key(sha256)), self.port, 0)
+                self._due[sha256] = now + ANNOUNCE_S
+                self._due.move_to_end(sha256)
+                allowance -= 1
+            await asyncio.sleep(POLL_S)
+
+    def status(self) -> dict[str, Any]:
+        return {"nodes": [f"{host}:{port}" for host, port in self._nodes], "announced": len(self._due)}

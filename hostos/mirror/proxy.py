@@ -1,0 +1,90 @@
+"""The HTTP proxy for package managers: aiohttp's server, and what it does with a request.
+
+aiohttp's parser (llhttp) is strict: requests with both Content-Length and Transfer-Encoding, with bare
+line feeds or with control characters in headers are refused there. Bodies of requests are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from hostos.mirror import answer
+from hostos.mirror.apt import AptArchives
+from hostos.mirror.contents import Contents, Wanted
+from hostos.mirror.documents import Document
+from hostos.mirror.errors import RefusedError
+from hostos.mirror.ledger import Ledger
+from hostos.mirror.location import parse_target
+from hostos.mirror.pacman import PacmanRepositories
+from hostos.mirror.upstreams import Upstreams
+
+
+@dataclass
+class Proxy:
+    """`upstreams`: the archives as they are configured now."""
+
+    upstreams: Callable[[], Upstreams]
+    apt: AptArchives
+    pacman: PacmanRepositories
+    contents: Contents
+    ledger: Ledger
+    log: Callable[[str], None]
+    in_flight: int = 0
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.in_flight += 1
+        archive = "none"
+        try:
+            if request.method not in ("GET", "HEAD"):
+                raise RefusedError(405, f"{request.method} is not for a package cache")
+            if "Transfer-Encoding" in request.headers or request.headers.get("Content-Length", "0") != "0":
+                raise RefusedError(400, "a request for a package has no body")
+            location = parse_target(request.raw_path)
+            archive, found = await self._resolve(location)
+            return await self._answer(request, archive, location, found)
+        except RefusedError as error:
+            if error.status != 416:
+                self.ledger.count(archive, requests=1, refused=1)
+            if error.status in (502, 507):
+                self.log(f"refused: {error.reason}")
+            return answer.refused(request, error)
+        finally:
+            self.in_flight -= 1
+
+    async def _resolve(self, location: str) -> tuple[str, Document | Wanted]:
+        upstreams = self.upstreams()
+        if location.startswith("pacman/"):
+            if (repository := upstreams.find_pacman(location)) is not None:
+                return repository.base, await self.pacman.resolve(location, repository)
+        elif entries := upstreams.find_apt(location):
+            return entries[0].base, await self.apt.resolve(location, entries)
+        raise RefusedError(403, f"{location.partition('/')[0]} is none of the cached archives: hostos mirror import")
+
+    async def _answer(
+        self, request: web.BaseRequest, archive: str, location: str, found: Document | Wanted
+    ) -> web.StreamResponse:
+        def sent(count: int) -> None:
+            self.ledger.count(archive, served=count)
+
+        if isinstance(found, Document):
+            self.ledger.count(archive, requests=1)
+            return await answer.document(request, found, sent)
+        known = found.known
+        path = self.contents.held(known)
+        if path is not None:
+            self.ledger.count(archive, requests=1, hits=1)
+            self.ledger.use(known.sha256)
+            said = answer.FileAnswer(request, known.sha256, known.size, location, path.stat().st_mtime)
+            return await answer.stored(said, path, sent)
+        said = answer.FileAnswer(request, known.sha256, known.size, location, None)
+        if request.method == "HEAD":
+            self.ledger.count(archive, requests=1)
+            return said.response(None)
+        download = self.contents.download(found)
+        self.ledger.count(archive, requests=1, misses=1)
+        response = await answer.arriving(said, download, sent)
+        self.ledger.use(known.sha256)
+        return response
