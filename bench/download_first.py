@@ -59,10 +59,14 @@ def main() -> int:
     directory = Path(where)
     directory.mkdir(parents=True)
     session = lt.session(SETTINGS)
+    began = time.monotonic()
     fetch(session, lt.parse_magnet_uri(f"magnet:?xt=urn:btmh:1220{image}"), peer, directory)
     params = lt.add_torrent_params()
     params.ti = lt.torrent_info((directory / "hostos-image/layers/0.torrent").read_bytes())
     fetch(session, params, peer, directory)
+    if not command:
+        print(f"{time.monotonic() - began:.4f}")
+        return 0
     (layer,) = directory.glob("*.squashfs")
     lower, upper, root = directory / "lower", directory / "upper", directory / "root"
     for path in (lower, upper, root):

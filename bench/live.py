@@ -1,7 +1,8 @@
 """Command to the container's first output: hostos beside downloading everything first.
 
-Natively in a network namespace and inside the emulated guest; over 50 Mbit/s and unshaped; both sides
-start from the bare hash. The image is the quick start's Debian.
+Natively in a network namespace and inside the emulated guest; over 50 Mbit/s at several round trips and unshaped;
+from the bare hash and with the metadata at hand. Then what it costs the client, and several clients at once.
+The image is the quick start's Debian.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import psutil
 
 from bench import network
 from bench.harness import Comparison, Series, machine, publish
 from hostos.errors import failure
+from hostos.image.store import Store
 from hostos.live.client import Client, connect
 from hostos.quickstart import demonstration_image
 from hostos.steps import Steps
@@ -30,6 +35,9 @@ from hostos.steps import Steps
 Result = TypeVar("Result")
 
 RATE_MBIT = 50
+# By round trip, ms: against download-everything, with the metadata at hand and from the bare hash.
+GOALS = {0: (0.08, 0.10), 40: (0.09, 0.12), 150: (0.15, 0.25)}
+DELAY_PORT = 6998
 COMMAND = ("python3", "-c", "print(1)")
 EXPECTED = b"1\n"
 PEER_SCRIPT = Path(__file__).parent / "download_first.py"
@@ -40,6 +48,8 @@ PROGRAM = str(Path(sys.executable).parent / "hostos")
 
 def run(rounds: int, steps: Steps) -> Path:
     """Measure and publish. Raises `UserError` without root, or when a side fails."""
+    from bench import crowd
+
     before = machine()
     comparisons = []
     with ExitStack() as stack:
@@ -47,13 +57,51 @@ def run(rounds: int, steps: Steps) -> Path:
         net = stack.enter_context(network.link())
         env = {**os.environ, "HOSTOS_HOME": str(work / "home")}
         image = publish_image(steps, env)
-        peer = seed(stack, net, env)
-        for rate in (RATE_MBIT, None):
-            net.shape(rate)
-            comparisons.append(_native(rounds, rate, net, image, peer, work, steps))
+        peer = seed(stack, net.enter(net.seed), network.SEED, env)
+        bundle = json.loads(Store(work / "home/data").bundle(image).to_json())
+        target = Target(image, peer, bundle, work)
+        net.shape(RATE_MBIT)
+        for milliseconds, goals in GOALS.items():
+            with delayed(net, peer, milliseconds) as there:
+                comparisons.append(
+                    _native(rounds, RATE_MBIT, milliseconds, net, replace(target, peer=there), goals, steps)
+                )
+        net.shape(None)
+        comparisons.append(_native(rounds, None, 0, net, target, (1.0, 1.0), steps))
+        comparisons += cost(rounds, net, target, steps)
         net.shape(RATE_MBIT)
         comparisons.append(_guest(rounds, net, image, peer, work, env, steps))
+        comparisons.append(crowd.measure(rounds, target, env, steps))
     return publish("live", comparisons, before)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is booted: `bundle` is its metadata, `work` a directory for everything."""
+
+    image: str
+    peer: str
+    bundle: dict[str, Any]
+    work: Path
+
+
+@contextmanager
+def delayed(net: network.Link, peer: str, milliseconds: int) -> Iterator[str]:
+    """The peer at that round trip time: where it then is."""
+    if not milliseconds:
+        yield peer
+        return
+    there = f"{network.SEED}:{DELAY_PORT}"
+    command = [*net.enter(net.seed), sys.executable, "-m", "bench.delay", there, peer, str(milliseconds / 2)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+    try:
+        assert process.stdout is not None
+        if process.stdout.readline() != b"ready\n":
+            raise failure("the delay proxy did not start")
+        yield there
+    finally:
+        process.terminate()
+        process.communicate()
 
 
 def publish_image(steps: Steps, env: Mapping[str, str]) -> str:
@@ -69,67 +117,130 @@ def publish_image(steps: Steps, env: Mapping[str, str]) -> str:
     return done.stdout.strip()
 
 
-def seed(stack: ExitStack, net: network.Link, env: Mapping[str, str]) -> str:
-    started = [*net.enter(net.seed), PROGRAM, "seed", "start", "--listen", network.SEED, "--json"]
+def seed(stack: ExitStack, enter: Sequence[str], address: str, env: Mapping[str, str]) -> str:
+    started = [*enter, PROGRAM, "seed", "start", "--listen", address, "--json"]
     info = json.loads(subprocess.run(started, env=env, stdout=subprocess.PIPE, check=True).stdout)
     stack.callback(subprocess.run, [PROGRAM, "seed", "stop"], env=env, stderr=subprocess.DEVNULL, check=False)
-    return f"{network.SEED}:{info['port']}"
+    return f"{address}:{info['port']}"
 
 
 def _native(
-    rounds: int, rate: int | None, net: network.Link, image: str, peer: str, work: Path, steps: Steps
+    rounds: int,
+    rate: int | None,
+    milliseconds: int,
+    net: network.Link,
+    target: Target,
+    goals: tuple[float, float],
+    steps: Steps,
 ) -> Comparison:
-    link = f"{rate} Mbit/s" if rate else "unshaped"
-    lazy, full = Series("hostos, native, bare hash"), Series("download everything, then boot")
+    """Goals: with the metadata at hand, and from the bare hash."""
+    link = f"{rate} Mbit/s, RTT {milliseconds} ms" if rate else "unshaped"
+    at_hand, bare = Series("hostos, native, metadata at hand"), Series("hostos, native, bare hash")
+    full = Series("download everything, then boot")
     shares = []
     for number in range(rounds):
-        with steps.step(f"{link}: hostos {number + 1}") as step:
-            seconds, share = _native_lazy(net, image, peer, work)
-            lazy.samples.append(seconds)
-            shares.append(share)
-            step.detail = f"{seconds:.2f} s, {100 * share:.1f} % fetched"
+        for series, bundle in ((at_hand, target.bundle), (bare, None)):
+            with steps.step(f"{link}: {series.name} {number + 1}") as step:
+                seconds, share = _native_lazy(net, target, bundle)
+                series.samples.append(seconds)
+                shares.append(share)
+                step.detail = f"{seconds:.2f} s, {100 * share:.1f} % fetched"
         with steps.step(f"{link}: download first {number + 1}") as step:
-            where = work / "full"
-            command = [*net.enter(net.client), sys.executable, str(PEER_SCRIPT), image, peer, str(where), *COMMAND]
-            full.samples.append(_first_output(command))
+            where = target.work / "full"
+            command = [*net.enter(net.client), sys.executable, str(PEER_SCRIPT), target.image, target.peer]
+            full.samples.append(_first_output([*command, str(where), *COMMAND]))
             shutil.rmtree(where)
             step.detail = f"{full.samples[-1]:.2f} s"
-    lazy.notes["fetched share of the image, worst"] = max(shares)
-    goal = 0.12 if rate else 1.1
-    return Comparison(f"first output over {link}, native", full.name, [full, lazy], {lazy.name: goal})
+    bare.notes["fetched share of the image, worst"] = max(shares)
+    title = f"first output over {link}, native"
+    return Comparison(title, full.name, [full, at_hand, bare], {at_hand.name: goals[0], bare.name: goals[1]})
 
 
-def _native_lazy(net: network.Link, image: str, peer: str, work: Path) -> tuple[float, float]:
+def _native_lazy(net: network.Link, target: Target, bundle: dict[str, Any] | None) -> tuple[float, float]:
     """(seconds from starting the client to the first output, share of the image received)."""
     before = network.received(net.client)
     began = time.monotonic()
-    with client(net, work / "lazy") as asked:
-        prepared = asked.ask("prepare", image=image, peers=[peer], command=list(COMMAND), name="bench")
-        started = time.monotonic()
-        seconds = started - began + _first_output([*net.enter(net.client), *prepared["argv"]])
-        asked.ask("release", name="bench")
-    share = (network.received(net.client) - before) / prepared["size"]
+    with client(net.enter(net.client), target.work / "lazy") as (asked, _):
+        seconds, size = first_output(asked, net.enter(net.client), target.image, target.peer, bundle, began)
+    share = (network.received(net.client) - before) / size
     return seconds, share
 
 
+def first_output(
+    asked: Client, enter: Sequence[str], image: str, peer: str, bundle: dict[str, Any] | None, began: float
+) -> tuple[float, int]:
+    """Seconds since `began` to the first output of the container, and the image's size."""
+    prepared = asked.ask("prepare", image=image, peers=[peer], bundle=bundle, command=list(COMMAND), name="bench")
+    started = time.monotonic()
+    seconds = started - began + _first_output([*enter, *prepared["argv"]])
+    asked.ask("release", name="bench")
+    return seconds, int(prepared["size"])
+
+
+def cost(rounds: int, net: network.Link, target: Target, steps: Steps) -> list[Comparison]:
+    """What a boot costs the client, and how fast it reads a layer from end to end beside plain libtorrent."""
+    cpu, memory = Series("processor time of the client for one boot"), Series("its memory at most", "MB")
+    plain, through = Series("plain libtorrent download"), Series("read from end to end through the mount")
+    enter = net.enter(net.client)
+    for number in range(rounds):
+        with steps.step(f"cost {number + 1}") as step:
+            with client(enter, target.work / "lazy") as (asked, process):
+                first_output(asked, enter, target.image, target.peer, target.bundle, time.monotonic())
+                times = psutil.Process(process.pid).cpu_times()
+                cpu.samples.append(times.user + times.system)
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                memory.samples.append(int(status.partition("VmHWM:")[2].split()[0]) / 1000)
+            step.detail = f"{cpu.samples[-1]:.2f} s, {memory.samples[-1]:.0f} MB"
+        with steps.step(f"from end to end {number + 1}") as step:
+            with client(enter, target.work / "lazy") as (asked, _):
+                where = {"image": target.image, "peers": [target.peer], "bundle": target.bundle}
+                asked.ask("mount", **where, name="whole")
+                layer = asked.ask("stats", name="whole")["layers"][0]["layer"]
+                began = time.monotonic()
+                _read(target.work / "lazy/mounts/fuse" / layer)
+                seconds = time.monotonic() - began
+                through.samples.append(seconds)
+                asked.ask("unmount", name="whole")
+            step.detail = f"{seconds:.2f} s"
+        with steps.step(f"plain libtorrent {number + 1}") as step:
+            where_to = target.work / "plain"
+            command = [*enter, sys.executable, str(PEER_SCRIPT), target.image, target.peer, str(where_to)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            plain.samples.append(float(done.stdout))
+            shutil.rmtree(where_to)
+            step.detail = f"{plain.samples[-1]:.2f} s"
+    return [
+        Comparison("processor time of the client", cpu.name, [cpu]),
+        Comparison("memory of the client", memory.name, [memory]),
+        # At least 0.8 of its throughput.
+        Comparison("a whole layer, unshaped", plain.name, [plain, through], {through.name: 1.25}),
+    ]
+
+
+def _read(path: Path) -> None:
+    with path.open("rb") as file:
+        while file.read(1 << 20):
+            pass
+
+
 @contextmanager
-def client(net: network.Link, place: Path) -> Iterator[Client]:
-    """A live-boot client that has just started in the namespace, with nothing cached."""
+def client(enter: Sequence[str], place: Path) -> Iterator[tuple[Client, subprocess.Popen[bytes]]]:
+    """A live-boot client that has just started in the namespace, with nothing cached, and its process."""
     place.mkdir()
     socket = place / "live.sock"
     began = time.monotonic()
     daemon = [
-        *net.enter(net.client), sys.executable, "-m", "hostos.live", "--no-systemd", f"--socket={socket}",
+        *enter, sys.executable, "-m", "hostos.live", "--no-systemd", f"--socket={socket}",
         f"--cache={place / 'cache'}", f"--mounts={place / 'mounts'}",
     ]  # fmt: skip
     try:
-        with _process(daemon, place / "log"):
+        with _process(daemon, place / "log") as process:
             while not socket.exists():
                 if time.monotonic() - began > DEADLINE_S:
                     raise failure(f"the live-boot client did not start: {(place / 'log').read_text()}")
                 time.sleep(0.005)
             with connect(socket) as asked:
-                yield asked
+                yield asked, process
     finally:
         shutil.rmtree(place)
 
@@ -202,11 +313,11 @@ def _first_output(command: Sequence[str], env: Mapping[str, str] | None = None, 
 
 
 @contextmanager
-def _process(command: Sequence[str], log: Path) -> Iterator[None]:
+def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as sink:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
     try:
-        yield
+        yield process
     finally:
         process.send_signal(signal.SIGTERM)
         try:

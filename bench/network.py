@@ -62,6 +62,53 @@ def link() -> Iterator[Link]:
         yield Link(seed, client)
 
 
+CROWD = "198.18.4"
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """A seed, 198.18.4.1, and clients on one network, each in the namespace of that name."""
+
+    seed: str
+    clients: tuple[str, ...]
+
+    @property
+    def address(self) -> str:
+        return f"{CROWD}.1"
+
+    def enter(self, namespace: str) -> list[str]:
+        return ["nsenter", f"--net=/run/netns/{namespace}"]
+
+    def shape(self, mbit: float) -> None:
+        """Limit what each of them sends. The queue holds 50 ms."""
+        for name in (self.seed, *self.clients):
+            subprocess.run(_tc(name, "del", []), stderr=subprocess.DEVNULL, check=False)
+            limits = ["tbf", "rate", f"{mbit}mbit", "burst", "32k", "latency", "50ms"]
+            subprocess.run(_tc(name, "add", limits), check=True)
+
+
+@contextmanager
+def crowd(clients: int) -> Iterator[Crowd]:
+    """The namespaces exist as long as the context."""
+    mark = os.getpid()
+    hub = f"hostos-h{mark}"
+    names = [f"hostos-n{mark}-{number}" for number in range(clients + 1)]
+    with ExitStack() as stack:
+        for name in (hub, *names):
+            _ip("netns", "add", name)
+            stack.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
+            _ip("-n", name, "link", "set", "lo", "up")
+        _ip("-n", hub, "link", "add", "net", "type", "bridge")
+        _ip("-n", hub, "link", "set", "net", "up")
+        for number, name in enumerate(names):
+            port = f"p{number}"
+            _ip("-n", hub, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", name)
+            _ip("-n", hub, "link", "set", port, "master", "net", "up")
+            _ip("-n", name, "address", "add", f"{CROWD}.{number + 1}/24", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+        yield Crowd(names[0], tuple(names[1:]))
+
+
 def received(namespace: str) -> int:
     """Bytes that arrived at the namespace's interface so far."""
     done = subprocess.run(

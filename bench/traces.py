@@ -36,7 +36,7 @@ def run(rounds: int, steps: Steps) -> Path:
         net = stack.enter_context(network.link())
         env = {**os.environ, "HOSTOS_HOME": str(work / "home")}
         plain = publish_image(steps, env)
-        address = seed(stack, net, env)
+        address = seed(stack, net.enter(net.seed), network.SEED, env)
         traced = _trace(Store(work / "home/data"), plain, net, address, work, steps)
         net.shape(RATE_MBIT)
         for round_trip in ROUND_TRIPS_MS:
@@ -48,7 +48,7 @@ def _trace(store: Store, plain: str, net: network.Link, address: str, work: Path
     """What `hostos image trace` does, without a machine."""
     image = store.get(plain)
     with retrace.twin(store, image, steps) as (twin, layout):
-        with client(net, work / "trace") as asked:
+        with client(net.enter(net.client), work / "trace") as (asked, _):
             prepared = asked.ask("prepare", image=twin, peers=[address], command=list(COMMAND), name="t", trace=True)
             subprocess.run([*net.enter(net.client), *prepared["argv"]], stdout=subprocess.DEVNULL, check=True)
             asked.ask("release", name="t")
@@ -85,7 +85,7 @@ def _compare(
 def _boot(net: network.Link, image: str, peer: str, work: Path) -> tuple[float, float, dict[str, object]]:
     """Seconds from asking to the first output and to the end, and what was fetched."""
     received = network.received(net.client)
-    with client(net, work / "boot") as asked:
+    with client(net.enter(net.client), work / "boot") as (asked, _):
         fields = {"image": image, "peers": [peer], "command": list(COMMAND), "name": "b"}
         began, prepared = timed(lambda: asked.ask("prepare", **fields))
         argv = [*net.enter(net.client), *prepared["argv"]]

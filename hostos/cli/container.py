@@ -86,6 +86,8 @@ def container() -> None:
               help="For finding the image and its first blocks.")  # fmt: skip
 @click.option("--read-deadline", type=click.FloatRange(1, 86400), default=120.0, show_default=True, metavar="SECONDS",
               help="For each later read.")  # fmt: skip
+@click.option("--on-loss", type=click.Choice(["fail", "stop", "wait"]), default="fail", show_default=True,
+              help="When nobody has what it reads: that read fails, it is stopped, or it waits.")  # fmt: skip
 @click.option("--wait", type=click.FloatRange(0, 3600), default=120.0, show_default=True, metavar="SECONDS",
               help="For its init to say that it is up.")  # fmt: skip
 @click.option("--complete", default="", metavar="off|on|RATE",
@@ -116,6 +118,7 @@ def boot(
     tty: bool | None,
     deadline: float,
     read_deadline: float,
+    on_loss: str,
     wait: float,
     complete: str,
     download_limit: str | None,
@@ -211,6 +214,7 @@ def boot(
             pids=pids,
             deadline=deadline,
             read_deadline=read_deadline,
+            on_loss=on_loss,
             hold=attached,
             complete=complete or None,
             key=secret,
@@ -242,6 +246,8 @@ def _run_attached(guest: Any, name: str, argv: list[str], *, tty: bool, as_json:
     first: list[float] = []
     status: int = guest.interact(argv, tty=tty, first_output=lambda: first.append(_since_start()))
     figures = guest.ask("release", within=60.0, name=name)
+    if figures["lost"]:
+        live.say(f"warning: container {name} was stopped: {figures['lost']}")
     if as_json:
         seconds = round(first[0], 3) if first else None
         started = round(guest.started, 3)

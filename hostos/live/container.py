@@ -28,6 +28,7 @@ SIZE = re.compile(r"[1-9][0-9]{0,15}[kmg]?|[1-9][0-9]?%|100%", re.IGNORECASE)
 
 Console = Literal["pipe", "interactive", "read-only"]
 Network = Literal["none", "nat", "host"]
+OnLoss = Literal["fail", "stop", "wait"]
 
 
 def check_name(name: str) -> str:
@@ -78,6 +79,8 @@ class Options:
 
     `command`: argv instead of the image's; `init`: boot the image's init instead of any command;
     `upper_size`: room for what the container writes; `persist`: the name under which that is kept;
+    `on_loss`: what happens when nobody has what it reads: the read fails by its deadline, it is stopped then,
+    or the read waits for as long as it takes;
     `publish`: ports of its network that the machine listens on; `limits`: what it may take of the machine;
     `nspawn`: options passed on as they are.
     """
@@ -95,6 +98,7 @@ class Options:
     limits: Limits = NO_LIMITS
     persist: str = ""
     publish: tuple[Port, ...] = ()
+    on_loss: OnLoss = "fail"
 
     def __post_init__(self) -> None:
         check_name(self.name)

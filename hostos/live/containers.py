@@ -5,6 +5,7 @@ Whether one runs is never stored (see `running`). However it ends, its mounts ar
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -37,6 +38,8 @@ __all__ = ["START_LIMIT", "STOP_LIMIT", "Container", "Containers", "end_leftover
 
 STOP_LIMIT = 30.0
 """Seconds a container is given to shut down before it is killed."""
+LOOK_FOR_LOSS = 0.25
+"""Seconds between two looks at whether reads have failed."""
 REMEMBERED = 64
 """Ended containers whose final figures are kept."""
 REMEMBERED_TIMELINES = 4
@@ -271,7 +274,10 @@ class Containers:
                 key=layer_key(key, number) if key and manifest.layers[number].cipher else None,
             )
             container.plans.append(layer.plans[-1])
-            layer.source.deadline = max(read_deadline, 1.0)
+            if options.on_loss == "wait":
+                layer.source.deadline = math.inf
+            elif layer.users == 1 or math.isfinite(layer.source.deadline):
+                layer.source.deadline = max(read_deadline, 1.0)
             container.layers.append(layer)
             container.before[torrent.info_hash] = 0 if layer.users == 1 else layer.source.stats().downloaded
 
@@ -322,7 +328,11 @@ class Containers:
             if container.only_mounted:
                 await container.given_up.wait()
             elif await container.wait_for_start() and container.supervisor:
-                await container.supervisor.ended()
+                async with trio.open_nursery() as nursery:
+                    if container.options.on_loss == "stop":
+                        nursery.start_soon(_stop_on_loss, container)
+                    await container.supervisor.ended()
+                    nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
                 if container.supervisor and container.supervisor.alive:
@@ -419,6 +429,15 @@ class Containers:
         async with trio.open_nursery() as nursery:
             for container in self.all():
                 nursery.start_soon(self.stop, container.options.name, 3.0)
+
+
+async def _stop_on_loss(container: Container) -> None:
+    """Kill it as soon as one of its reads has failed: it can't go on in any way that is meant."""
+    before = container.errors()
+    while (why := container.errors()) == before:
+        await trio.sleep(LOOK_FOR_LOSS)
+    container.lost = why[-1]
+    await container.kill()
 
 
 def _write_limits(path: Path, properties: list[str]) -> None:

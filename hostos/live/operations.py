@@ -157,6 +157,7 @@ class Operations:
             upper_size=request.text("upper_size", "50%"),
             limits=Limits.parse(request.text("memory", ""), request.text("cpus", ""), request.text("pids", "")),
             persist=request.text("persist", ""),
+            on_loss=_one_of(request, "on_loss", "fail", "stop", "wait"),
             publish=tuple(parse_port(text) for text in request.texts("publish")),
         )
         request.done()

@@ -71,6 +71,8 @@ class Container:
     network: int | None = None
     published: list[Port] = field(default_factory=list)
     """What is listened on for it, until `listening` is cancelled."""
+    lost: str = ""
+    """Why it was stopped, if it was because nobody had what it reads."""
     listening: list[trio.CancelScope] = field(default_factory=list)
     given_up: trio.Event = field(default_factory=trio.Event)
     only_mounted: bool = False
@@ -182,6 +184,10 @@ class Container:
             return
         self.supervisor.send(signal.SIGKILL)
 
+    def errors(self) -> list[str]:
+        """Why reads of it have failed, as far as that is known."""
+        return [stats.last_error for layer in self.layers if (stats := layer.source.stats()).errors]
+
     # --- telling ----------------------------------------------------------------------------------
 
     def fetched(self) -> int:
@@ -203,6 +209,7 @@ class Container:
             "root": str(self.root),
             "supervisor": self.supervisor.number if self.supervisor else None,
             "users": self.base,
+            "lost": self.lost,
             "published": {str(port.inside): port.listen for port in self.published},
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from hostos.image.store import Store
 from hostos.live.client import Client, connect
 from hostos.live.manifest import Layer, Manifest
+from hostos.live.swarm_settings import SwarmSettings
 from hostos.live.torrents import ImageBundle, Torrent, make_image_torrent, make_layer_torrent, verify_files
 
 HERE = Path(__file__).parent
@@ -178,6 +180,17 @@ def seed(published: Published, helpers: list[Helper]) -> Start:
 
 
 @pytest.fixture
+def slow_seed(published: Published, helpers: list[Helper]) -> Start:
+    """Starts a seed at an address `HOST:PORT` that sends 8 kB a second."""
+
+    def start(address: str) -> Helper:
+        helpers.append(Helper.start(str(HERE / "seed.py"), str(published.directory), address, "slow"))
+        return helpers[-1]
+
+    return start
+
+
+@pytest.fixture
 def liar(published: Published, helpers: list[Helper]) -> Start:
     """Starts a peer at an address `HOST:PORT` that has other bytes than it says."""
 
@@ -304,6 +317,45 @@ def lab() -> Iterator[Lab]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+PORT = 6881
+
+RunSeed = Callable[[SwarmSettings], Path]
+
+
+@pytest.fixture
+def host_seed(lab: Lab, store: Store, tmp_path: Path) -> Iterator[RunSeed]:
+    """Starts the real seed of `hostos seed start` on host 1; returns its log."""
+    running: list[int] = []
+
+    def start(settings: SwarmSettings) -> Path:
+        log = tmp_path / "seed.log"
+        command = [*lab.enter(1), sys.executable, "-W", "ignore", "-m", "hostos.image.seed"]
+        command += ["--host", "0.0.0.0", "--port", str(PORT), "--swarm", json.dumps(settings.to_dict())]
+        command += ["--store", str(store.root), "--state", str(tmp_path), "--socket", str(tmp_path / "s")]
+        with log.open("wb") as sink:
+            subprocess.run(command, stdout=sink, stderr=sink, timeout=60, check=True, cwd=ROOT)
+        running.append(json.loads((tmp_path / "seed.json").read_text())["pid"])
+        return log
+
+    yield start
+    for pid in running:
+        subprocess.run(["kill", str(pid)], check=False)
+        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 20)
+
+
+@pytest.fixture
+def client_daemon(lab: Lab, tmp_path: Path) -> Iterator[Daemon]:
+    """A live-boot daemon on host 2."""
+    base = Path(f"/tmp/hostos-swarm-{tmp_path.name[:12]}-{time.time_ns() % 10**9}")
+    running = Daemon(base, f"0.0.0.0:{PORT}", enter=lab.enter(2))
+    yield running
+    running.stop()
+    log = running.log()
+    print(log)
+    shutil.rmtree(base, ignore_errors=True)
+    assert "Traceback" not in log
 
 
 @pytest.fixture

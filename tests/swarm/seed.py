@@ -1,4 +1,4 @@
-"""A libtorrent seed for the tests: `seed.py DIRECTORY HOST:PORT [lying]` (every *.torrent of the directory).
+"""A libtorrent seed for the tests: `seed.py DIRECTORY HOST:PORT [lying|slow]` (every *.torrent of the directory).
 
 A lying one speaks the protocol like any other, encryption included, but of the layers it has other bytes.
 """
@@ -11,8 +11,10 @@ from pathlib import Path
 import libtorrent as lt
 
 from hostos.live.nodelay import NoDelay
+from hostos.live.swarm_settings import limit_everyone
 
-directory, address, lying = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["lying"]
+directory, address = Path(sys.argv[1]), sys.argv[2]
+lying, slow = (sys.argv[3:] == [how] for how in ("lying", "slow"))
 session = lt.session(
     {
         "listen_interfaces": address,
@@ -27,9 +29,11 @@ session = lt.session(
         "in_enc_policy": 1,
         # Whether it checks what it sends.
         "disable_hash_checks": lying,
+        "upload_rate_limit": 8000 if slow else 0,
         "alert_mask": int(lt.alert.category_t.error_notification | lt.alert.category_t.status_notification),
     }
 )
+limit_everyone(session)
 handles = []
 for path in sorted(directory.glob("*.torrent")):
     parameters = lt.load_torrent_buffer(path.read_bytes())

@@ -2,63 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from hostos.errors import UserError
-from hostos.image.store import Store
 from hostos.live.swarm_settings import SwarmSettings
-from swarm.conftest import HERE, ROOT, Daemon, Helper, Lab, Published, Start, wait_until
+from swarm.conftest import HERE, PORT, Daemon, Helper, Lab, Published, RunSeed, Start, wait_until
 from swarm.test_faults import bundle, read_scattered
 
-PORT = 6881
 NODE = f"{Lab.address(3)}:7700"
 PUBLIC = SwarmSettings(public=True, nodes=(NODE,))
 SEED, FIRST, SECOND = "127.0.0.2:7601", "127.0.0.3:0", "127.0.0.4:0"
-
-RunSeed = Callable[[SwarmSettings], Path]
-
-
-@pytest.fixture
-def host_seed(lab: Lab, store: Store, tmp_path: Path) -> Iterator[RunSeed]:
-    """Starts the real seed of `hostos seed start` on host 1; returns its log."""
-    import sys
-
-    running: list[int] = []
-
-    def start(settings: SwarmSettings) -> Path:
-        log = tmp_path / "seed.log"
-        command = [*lab.enter(1), sys.executable, "-W", "ignore", "-m", "hostos.image.seed"]
-        command += ["--host", "0.0.0.0", "--port", str(PORT), "--swarm", json.dumps(settings.to_dict())]
-        command += ["--store", str(store.root), "--state", str(tmp_path), "--socket", str(tmp_path / "s")]
-        with log.open("wb") as sink:
-            subprocess.run(command, stdout=sink, stderr=sink, timeout=60, check=True, cwd=ROOT)
-        running.append(json.loads((tmp_path / "seed.json").read_text())["pid"])
-        return log
-
-    yield start
-    for pid in running:
-        subprocess.run(["kill", str(pid)], check=False)
-        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 20)
-
-
-@pytest.fixture
-def client_daemon(lab: Lab, tmp_path: Path) -> Iterator[Daemon]:
-    """A live-boot daemon on host 2."""
-    base = Path(f"/tmp/hostos-swarm-{tmp_path.name[:12]}-{time.time_ns() % 10**9}")
-    running = Daemon(base, f"0.0.0.0:{PORT}", enter=lab.enter(2))
-    yield running
-    running.stop()
-    log = running.log()
-    print(log)
-    shutil.rmtree(base, ignore_errors=True)
-    assert "Traceback" not in log
 
 
 @pytest.mark.parametrize("how", ["lan", "public"])

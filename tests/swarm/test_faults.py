@@ -159,6 +159,71 @@ def test_seed_dies_for_good_and_the_next_read_tries_again(daemon: Daemon, seed: 
         client.ask("unmount", name="dead")
 
 
+def test_container_is_stopped_when_told(daemon: Daemon, seed: Start, published: Published) -> None:
+    first = seed(GOOD)
+    with daemon.client() as client:
+        ask = {"image": published.image, "peers": [GOOD], "read_deadline": 2, "on_loss": "stop", "hold": True}
+        script = "while :; do cat /var/data* > /dev/null && sleep 1; done"
+        answer = client.ask("prepare", **ask, command=["sh", "-c", f"echo on; {script}"], name="lost")
+        process = subprocess.Popen(answer["argv"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdout
+        assert process.stdout.readline() == b"on\n"
+        first.stop(signal.SIGKILL)
+        process.wait(60)
+        process.stdout.close()
+        assert process.returncode != 0
+        figures = client.ask("release", name="lost")
+        assert figures["state"] == "ended"
+        assert "no data within 2 s" in figures["lost"]
+        assert GOOD in figures["lost"]
+
+
+def test_reads_wait_when_told(daemon: Daemon, seed: Start, published: Published) -> None:
+    first = seed(GOOD)
+    with daemon.client() as client:
+        ask = {"image": published.image, "peers": [GOOD], "read_deadline": 1, "on_loss": "wait"}
+        client.ask("mount", **ask, name="patient")
+        first.stop(signal.SIGKILL)
+        results: list[tuple[int, float]] = []
+        reader = threading.Thread(target=lambda: results.append(read_scattered(daemon, published, 2, seed=3)))
+        reader.start()
+        time.sleep(4.0)
+        assert reader.is_alive()
+        seed(GOOD)
+        reader.join(30)
+        assert results
+        assert results[0][0] == 0
+        assert client.ask("stats", name="patient")["layers"][0]["errors"] == 0
+        client.ask("unmount", name="patient")
+
+
+def test_one_very_slow_peer_beside_a_good_one(
+    daemon: Daemon, seed: Start, slow_seed: Start, published: Published
+) -> None:
+    slow_seed(OTHER)
+    seed(GOOD)
+    with daemon.client() as client:
+        client.ask("mount", image=published.image, peers=[OTHER, GOOD], name="slow", bundle=bundle(published))
+        wrong, longest = read_scattered(daemon, published, 40)
+        assert wrong == 0
+        # 64 KiB from the slow one alone take 8 s.
+        assert longest < 8.0
+        assert client.ask("stats", name="slow")["layers"][0]["errors"] == 0
+        client.ask("unmount", name="slow")
+
+
+def test_upper_is_full(daemon: Daemon, seed: Start, published: Published) -> None:
+    seed(GOOD)
+    with daemon.client() as client:
+        script = "cat /var/data[0-2] > /home/big; echo $?; cat /etc/os-release; rm /home/big; echo ok > /home/x"
+        done = run(client, published.image, GOOD, "sh", "-c", script, upper_size="2m")
+        assert done.stdout == b"1\nID=swarm\nNAME=Swarm\n", done
+        assert done.status == 0
+        assert b"No space left" in done.stderr
+        # Others are not touched.
+        assert run(client, published.image, GOOD, "cat", "/etc/os-release").status == 0
+
+
 def test_nobody_has_the_image(daemon: Daemon, seed: Start, published: Published) -> None:
     with daemon.client() as client:
         began = time.monotonic()

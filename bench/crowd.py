@@ -1,0 +1,49 @@
+"""Several clients at once over one seed's slow link: how much longer than one alone, because they share."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+from bench import network
+from bench.harness import Comparison, Series
+from bench.live import PROGRAM, Target, client, first_output, seed
+from hostos.steps import Steps
+
+RATE_MBIT = 20
+COUNTS = (1, 3, 8)
+GOALS = {3: 1.3, 8: 1.5}
+
+
+def measure(rounds: int, target: Target, env: Mapping[str, str], steps: Steps) -> Comparison:
+    """Time until the last of them has its first output; all begin at once, with the metadata at hand."""
+    series = {count: Series(f"{count} client{'s' if count > 1 else ''} at once") for count in COUNTS}
+    with ExitStack() as stack:
+        net = stack.enter_context(network.crowd(max(COUNTS)))
+        # The seed of the other comparisons is in another network.
+        subprocess.run([PROGRAM, "seed", "stop"], env=env, stderr=subprocess.DEVNULL, check=True)
+        peer = seed(stack, net.enter(net.seed), net.address, env)
+        net.shape(RATE_MBIT)
+        for number in range(rounds):
+            for count in COUNTS:
+                with steps.step(f"{count} at once, {number + 1}") as step:
+                    series[count].samples.append(_together(count, net, peer, target))
+                    step.detail = f"{series[count].samples[-1]:.2f} s"
+    goals = {series[count].name: goal for count, goal in GOALS.items()}
+    title = f"first output of the last client, one seed, everybody at {RATE_MBIT} Mbit/s"
+    return Comparison(title, series[1].name, list(series.values()), goals)
+
+
+def _together(count: int, net: network.Crowd, peer: str, target: Target) -> float:
+    names = net.clients[:count]
+    with ExitStack() as stack, ThreadPoolExecutor(count) as pool:
+        clients = [stack.enter_context(client(net.enter(name), target.work / name))[0] for name in names]
+        began = time.monotonic()
+        waiting = [
+            pool.submit(first_output, asked, net.enter(name), target.image, peer, target.bundle, began)
+            for asked, name in zip(clients, names, strict=True)
+        ]
+        return max(each.result()[0] for each in waiting)
