@@ -19,6 +19,7 @@ from hostos.names.sources import Dht
 from hostos.steps import Steps
 from swarm.conftest import Daemon, Published, run
 
+Capture = pytest.CaptureFixture[str]
 ONE, TWO = "1" * 64, "2" * 64
 
 
