@@ -84,5 +84,7 @@ def test_through_a_dht_of_ones_own(tmp_path: Path) -> None:
             steve.use_dht((node,))
             stop = threading.Event()
             stop.set()
-            republish(steve, stop, print)
+            warnings: list[str] = []
+            republish(steve, stop, warnings.append)
+            assert warnings == []
             assert resolve("steve/gaming", mine).record.image == TWO  # type: ignore[union-attr]
