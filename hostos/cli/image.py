@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from hostos.cli import image_build, image_capture, image_layers
+from hostos.cli import image_build, image_capture, image_keep, image_layers
 from hostos.cli.common import human_size, steps
 from hostos.cli.completing import images
 from hostos.cli.name import push
@@ -401,14 +401,23 @@ def _traced(trace: Any) -> str:
 
 @image.command()
 @click.argument("references", metavar="HASH|NAME...", nargs=-1, required=True, shell_complete=images)
-def rm(references: tuple[str, ...]) -> None:
-    """Remove images and the layers no other image uses."""
-    from hostos.image import privacy, seeding
+@click.option("--force", is_flag=True, help="Even what is pinned, or what a name of yours means.")
+def rm(references: tuple[str, ...], force: bool) -> None:
+    """Remove images and the layers no other image uses.
+
+    What is pinned stays, and so does what a name of yours means, as others may look for it.
+    """
+    from hostos.image import keeping, privacy, seeding
     from hostos.image.store import Store
+    from hostos.names.book import Names
 
     store = Store()
     # All of them must exist before the first one goes.
     hashes = [_removable(store, reference) for reference in references]
+    for image in store.images():
+        if image.hash in hashes:
+            for warning in keeping.check_removable(store, image, Names().meaning(image.hash), force=force):
+                click.echo(f"warning: {image.name}: {warning}", err=True)
     free = sum(store.remove(item) for item in dict.fromkeys(hashes))
     for item in hashes:
         privacy.forget(item)
@@ -426,6 +435,6 @@ def _removable(store: Any, reference: str) -> str:
     return str(found.hash)
 
 
-for _more in (*image_layers.COMMANDS, *image_build.COMMANDS, *image_capture.COMMANDS):
+for _more in (*image_layers.COMMANDS, *image_build.COMMANDS, *image_capture.COMMANDS, *image_keep.COMMANDS):
     image.add_command(_more)
 image.add_command(push)

@@ -206,6 +206,11 @@ def peers_and_bundle(
 
         seed = seeding.ensure_started(SwarmSettings(encryption=swarm.encryption) if swarm else None)
         seeding.reload()
+        if seed.details.get("only") and wanted.image not in seed.details["only"]:
+            raise UserError(
+                f"the seed offers only {len(seed.details['only'])} images, and this is none of them",
+                "hostos seed stop, then start it without --only, or with this image, too",
+            )
         if instance.own_address:
             seeding.admit(instance.host_address_from_guest, instance.guest_address)
         # Everything the seed listens on includes the loopback, which is what another guest reaches.

@@ -22,9 +22,16 @@ def seed() -> None:
 @seed.command()
 @click.option("--listen", metavar="ADDRESS[:PORT]", help="Default: 127.0.0.1 and the port it had last.")
 @swarm_options
+@click.option("--only", multiple=True, metavar="IMAGE", help="Offer only this image (repeatable).  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def start(
-    listen: str | None, lan: bool, public: bool, upload_limit: str | None, encryption: str | None, as_json: bool
+    listen: str | None,
+    lan: bool,
+    public: bool,
+    upload_limit: str | None,
+    encryption: str | None,
+    only: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Start the seed; returns when it listens. Does nothing if it runs already.
 
@@ -38,8 +45,13 @@ def start(
     swarm = swarm_settings(lan=lan, public=public, encryption=encryption, upload_limit=upload_limit)
     if listen:
         seeding.parse_listen(listen)
+    chosen = []
+    if only:
+        from hostos.image.store import Store
+
+        chosen = sorted({Store().get(reference).hash for reference in only})
     with Steps(Talk()).step("start the seed") as step:
-        info = seeding.start(listen, swarm=swarm)
+        info = seeding.start(listen, swarm=swarm, only=chosen)
         step.detail = f"{info.address}, {len(info.details['torrents'])} torrents"
     _show(info.details, as_json)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -33,6 +33,10 @@ _TRACES = (
 )  # fmt: skip
 _MOUNTED = (b"dev", b"proc", b"run", b"sys", b"tmp")
 _NODES = ("null", "zero", "full", "random", "urandom", "tty")
+
+
+Script = str | Callable[[Packages], str]
+"""Of a shell; or what makes one of the packages that were found."""
 
 
 @dataclass
@@ -176,29 +180,38 @@ def install(
     `locked`: exactly those, of these versions and hashes. Raises UserError if the mirror has others.
     """
     root = place.tree().root
-    wanted = [f"{name}={package.version}" for name, package in sorted((locked or {}).items())] or list(step.value)
-    words = " ".join(shlex.quote(word) for word in wanted)
+    exact = [f"{name}={package.version}" for name, package in sorted((locked or {}).items())]
+    words = shlex.join(exact or step.value)
+    parts: list[tuple[str, Script]]
     if root.find(b"usr/bin/apt-get"):
         apt = "apt-get -q -y -o APT::Sandbox::User=root -o Dpkg::Use-Pty=0 --no-install-recommends"
         parts = [
             ("", f"{apt} update\n{apt} install --print-uris {words} > /run/hostos/uris"),
-            ("uris", f"{apt} install {words}\n{apt} clean"),
+            ("uris", lambda found: _apt_script(apt, step.value, found)),
         ]
     elif root.find(b"usr/bin/pacman"):
         pacman = "pacman --noconfirm --noprogressbar"
-        if locked:
-            words = " ".join(shlex.quote(name) for name in step.value)
+        names = shlex.join(step.value)
         parts = [
-            ("", f"{pacman} -Sy --print --print-format '%l %n_%v_x %s sha256:' {words} > /run/hostos/uris"),
-            ("uris", f"{pacman} -S {words}\nrm -rf /var/cache/pacman/pkg/*"),
+            ("", f"{pacman} -Sy --print --print-format '%l %n_%v_x %s' {names} > /run/hostos/uris"),
+            ("uris", f"{pacman} -S {names}\nrm -rf /var/cache/pacman/pkg/*"),
         ]
     else:
         raise UserError(f"{what}: the image has neither apt-get nor pacman", "install them in a `run` step")
     return _changed(parts, place, step.network, stack, steps, what, locked)
 
 
+def _apt_script(apt: str, names: Sequence[str], found: Packages) -> str:
+    """Install exactly what was found, and mark as wanted only what was asked for: the same, locked or not."""
+    exact = shlex.join(f"{name}={package.version}" for name, package in sorted(found.items()))
+    asked = {name.partition("=")[0].partition(":")[0] for name in names}
+    brought = shlex.join(sorted(found.keys() - asked))
+    mark = f"apt-mark auto {brought} > /dev/null\n" if brought else ""
+    return f"{apt} install {exact}\n{mark}{apt} clean" if exact else f"{apt} install {shlex.join(names)}"
+
+
 def _changed(
-    parts: list[tuple[str, str]],
+    parts: Sequence[tuple[str, Script]],
     place: Place,
     network: bool,
     stack: ExitStack,
@@ -215,10 +228,11 @@ def _changed(
         sandbox.own(here / name, who)
     made, top = _missing(place.tree()), place.tree().root.entry
     packages: Packages = {}
-    for told, script in parts:
+    for told, given in parts:
         if told:
             packages = _uris(here / "told" / told)
             check_lock(packages, locked, what)
+        script = given if isinstance(given, str) else given(packages)
 
         def work(script: str = script) -> int:
             os.chown(here / "upper", top.uid, top.gid)

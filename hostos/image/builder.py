@@ -18,7 +18,7 @@ from hostos.image.build_step import Place
 from hostos.image.buildcache import BuildCache, Made, Packages, key, lent
 from hostos.image.child import check_depth, lineage, pack_layer, storing
 from hostos.image.entries import Entry
-from hostos.image.layers import torrents
+from hostos.image.layers import check_plain, torrents
 from hostos.image.layout import read_layout
 from hostos.image.pack import architecture_of, kind_of, pack
 from hostos.image.publish import default_piece_size
@@ -105,6 +105,7 @@ class _Build:
                 f"{where} is neither a type of this file, a recipe nor an image of this host",
                 "hostos image ls shows the images; a recipe is named FILE.toml or FILE.toml#TYPE",
             )
+        check_plain(found)
         wanted = self.recipe.architecture
         if wanted and found.manifest.architecture != wanted:
             raise UserError(

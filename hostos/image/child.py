@@ -9,7 +9,7 @@ from pathlib import Path
 from hostos.errors import UserError, failure
 from hostos.image import overlay
 from hostos.image.entries import Entry, arrange
-from hostos.image.layers import layers_shared, read_image, read_layer, torrents
+from hostos.image.layers import check_plain, layers_shared, read_image, read_layer, torrents
 from hostos.image.pack import Packed, architecture_of, kind_of, pack_entries
 from hostos.image.publish import Published, default_piece_size
 from hostos.image.sources import read_directory, read_tar
@@ -85,6 +85,8 @@ def add_layer(
     A child inherits the boot trace. Raises UserError: too many layers, programs for another
     architecture.
     """
+    if parent:
+        check_plain(parent)
     below = parent.manifest if parent else None
     check_depth(len(below.layers) + 1 if below else 1, parent.name if parent else name)
     own = architecture_of(entries)

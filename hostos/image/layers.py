@@ -30,6 +30,12 @@ def torrents(store: Store, image: StoredImage) -> list[tuple[Torrent, Path]]:
     ]
 
 
+def check_plain(image: StoredImage) -> None:
+    """Raises UserError for a private image: its layers can't be read here, and a child would not be private."""
+    if any(layer.cipher for layer in image.manifest.layers):
+        raise UserError(f"{image.name} is private: its layers are encrypted", "work with the image it was made from")
+
+
 def read_layer(path: Path, stack: ExitStack) -> list[Entry]:
     """All entries of a layer, its root's own included, arranged; contents can be read while `stack` is open.
 
@@ -51,6 +57,7 @@ def read_layer(path: Path, stack: ExitStack) -> list[Entry]:
 
 def read_image(store: Store, image: StoredImage, stack: ExitStack, steps: Steps, *, up_to: int | None = None) -> Tree:
     """The tree its layers make together; `up_to`: only the lowest so many. Raises UserError."""
+    check_plain(image)
     layers = torrents(store, image)[:up_to]
     with steps.step(f"read {image.name}") as step:
         tree = merge([read_layer(path, stack) for _, path in layers])

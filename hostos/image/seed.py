@@ -45,6 +45,8 @@ class Seeder:
     log: Callable[[str], None]
     handles: dict[str, Any] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
+    only: frozenset[str] = frozenset()
+    """Hashes of the images to offer; empty: all."""
     _stamp: object = None
 
     def changed(self) -> bool:
@@ -56,6 +58,8 @@ class Seeder:
     def reload(self) -> None:
         wanted: dict[str, Callable[[], Any]] = {}
         for image in self.store.images():
+            if self.only and image.hash not in self.only:
+                continue
             if image.missing:
                 self.log(f"image {image.hash} ({image.name}): layers missing, not seeded")
                 continue
@@ -194,6 +198,7 @@ class Daemon:
             "store": str(self.seeder.store.root),
             "since": self.began,
             "upload_limit": self.swarm.upload_limit,
+            "only": sorted(self.seeder.only),
             "swarm": self.swarm.to_dict(),
             "also": [f"{host}:{self.port}" for host in self.door.hosts],
             "admitted": sorted(self.door.guests),
@@ -219,6 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, help="default: the last one, or any")
     parser.add_argument("--swarm", default="{}", help="SwarmSettings, JSON")
+    parser.add_argument("--only", action="append", default=[], help="an image's hash (repeatable); default: all")
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--socket", type=Path, required=True)
@@ -238,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         place.port.write_text(f"{port}\n")
         background.write_info(place)
         background.log(f"hostos {__version__}: seeding {options.store} on {options.host}:{port}")
-        seeder = Seeder(session, Store(options.store), background.log)
+        seeder = Seeder(session, Store(options.store), background.log, only=frozenset(options.only))
 
         async def serve() -> None:
             await Daemon(seeder, place, options.host, port, swarm, ready).run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,19 @@ class SeedInfo:
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
 
-def start(listen: str | None = None, *, swarm: SwarmSettings | None = None, place: Place | None = None) -> SeedInfo:
+def start(
+    listen: str | None = None,
+    *,
+    swarm: SwarmSettings | None = None,
+    only: Sequence[str] = (),
+    place: Place | None = None,
+) -> SeedInfo:
     """Start the seed unless it runs; returns when it listens.
 
     `listen`: `ADDRESS[:PORT]`, default 127.0.0.1 (every address if others are to find it) with the last port
-    or any; `swarm`: how it deals with strangers. Raises UserError if the address can't be had
-    or another seed runs elsewhere, a failure if it doesn't listen within `background.START_DEADLINE` seconds.
+    or any; `swarm`: how it deals with strangers; `only`: hashes of the images to offer (none: all).
+    Raises UserError if the address can't be had or another seed runs elsewhere, a failure if it doesn't listen
+    within `background.START_DEADLINE` seconds.
     """
     place = place or Place.default()
     wanted = swarm or SwarmSettings()
@@ -68,7 +76,8 @@ def start(listen: str | None = None, *, swarm: SwarmSettings | None = None, plac
     with background.changing(place):
         if (running := status(place)) is not None:
             same_place = listen is None or (host == running.host and port in (None, running.port))
-            if same_place and (swarm is None or wanted.to_dict() == running.details.get("swarm")):
+            same_images = not only or sorted(only) == running.details.get("only")
+            if same_place and same_images and (swarm is None or wanted.to_dict() == running.details.get("swarm")):
                 return running
             raise UserError(
                 f"the seed already runs on {running.host}:{running.port}, perhaps with other settings",
@@ -78,6 +87,7 @@ def start(listen: str | None = None, *, swarm: SwarmSettings | None = None, plac
         command += ["--store", str(data_dir()), "--state", str(place.directory), "--socket", str(place.socket)]
         if port is not None:
             command += ["--port", str(port)]
+        command += [word for image in only for word in ("--only", image)]
         background.spawn(place, command, hint="give another with --listen ADDRESS:PORT, or none for any free port")
         running = status(place)
     if running is None:

@@ -127,7 +127,7 @@ class Store:
         process keeps the store locked for `LOCK_DEADLINE` seconds.
         """
         torrent, files = make_image_torrent(manifest, [layer.data for layer, _ in layers], trace, bill)
-        with self.incoming() as temporary, self._lock():
+        with self.incoming() as temporary, self.changing():
             for layer, path in layers:
                 place = self.layers_dir / layer.info_hash / layer.name
                 if path != place:
@@ -153,7 +153,8 @@ class Store:
         return torrent.info_hash
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
+    def changing(self) -> Iterator[None]:
+        """Held while something is added or removed; raises a failure if another process keeps it."""
         private_dir(self.root)
         with exclusive(self.root / "store.lock", LOCK_DEADLINE, f"another process keeps {self.root} locked"):
             yield
@@ -262,17 +263,18 @@ class Store:
         """
         name = reference if (self.images_dir / reference).is_dir() and _HASH.fullmatch(reference) else None
         name = name or self.get(reference).hash
-        with self.incoming() as temporary, self._lock():
+        with self.incoming() as temporary, self.changing():
             try:
                 (self.images_dir / name).rename(temporary / name)
             except FileNotFoundError:
                 raise UserError(f"no image {name} in {self.images_dir}", "hostos image ls") from None
-            free = _size(temporary / name)
+            free = file_size(temporary / name)
+            (self.root / "pins" / name).unlink(missing_ok=True)
             if self.layers_dir.is_dir() and not self._unreadable():
                 used = {layer.torrent for image in self.images() for layer in image.manifest.layers}
                 for layer in self.layers_dir.iterdir():
                     if layer.name not in used:
-                        free += _size(layer)
+                        free += file_size(layer)
                         layer.rename(temporary / f"layer-{layer.name}")
         return free
 
@@ -287,7 +289,8 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _size(path: Path) -> int:
+def file_size(path: Path) -> int:
+    """Bytes of a file, or of all files below a directory."""
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

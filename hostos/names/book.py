@@ -164,6 +164,11 @@ class Names:
                 found.append(record)
         return found
 
+    def meaning(self, image: str) -> list[str]:
+        """Names of one's own that mean this image now."""
+        own = self.public_key()
+        return [record.name for record in self.all() if record.key == own and record.image == image]
+
     def accept(self, record: Record, key: str, name: str) -> Record:
         """Pin a record. Raises UserError: forged, older than what is pinned, or another one of the same number."""
         record.verified(key, name)

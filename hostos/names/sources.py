@@ -22,6 +22,8 @@ from hostos.names.record import MAX_RECORD
 PATH = "/hostos/names"
 DEADLINE = 5.0
 """Seconds a source has to answer."""
+PUT_DEADLINE = 40.0
+"""Seconds for storing something in a DHT; nodes that are gone cost five each."""
 
 
 def parse_source(text: str) -> str:
@@ -131,13 +133,13 @@ class Dht:
             time.sleep(0.2)  # its own table of nodes may still have been empty
         return None
 
-    def put(self, key: Ed25519PrivateKey, name: str, data: bytes, deadline: float = 4 * DEADLINE) -> int:
+    def put(self, key: Ed25519PrivateKey, name: str, data: bytes, deadline: float = PUT_DEADLINE) -> int:
         """Store `data`; on how many nodes. Raises a failure if no node took it."""
         public = key.public_key().public_bytes_raw()
         until = time.monotonic() + deadline
         while time.monotonic() < until:
             self.session.dht_put_mutable_item(expanded(key), public, data, name.encode())
-            for alert in self._alerts(min(until, time.monotonic() + DEADLINE)):
+            for alert in self._alerts(min(until, time.monotonic() + PUT_DEADLINE / 2)):
                 if isinstance(alert, self._lt.dht_put_alert):
                     if alert.num_success:
                         return int(alert.num_success)

@@ -19,6 +19,7 @@ from hostos.names.sources import Dht
 from hostos.steps import Steps
 from swarm.conftest import Daemon, Published, run
 
+Capture = pytest.CaptureFixture[str]
 ONE, TWO = "1" * 64, "2" * 64
 
 
@@ -83,5 +84,7 @@ def test_through_a_dht_of_ones_own(tmp_path: Path) -> None:
             steve.use_dht((node,))
             stop = threading.Event()
             stop.set()
-            republish(steve, stop, print)
+            warnings: list[str] = []
+            republish(steve, stop, warnings.append)
+            assert warnings == []
             assert resolve("steve/gaming", mine).record.image == TWO  # type: ignore[union-attr]

@@ -1,0 +1,91 @@
+"""`hostos image pin|unpin|copies|gc`: what stays, who else has it, and what may go."""
+
+from __future__ import annotations
+
+import click
+
+from hostos.cli.common import human_size, json_option, print_json
+from hostos.cli.completing import images
+from hostos.errors import UserError
+
+
+@click.command()
+@click.argument("references", metavar="IMAGE...", nargs=-1, required=True, shell_complete=images)
+def pin(references: tuple[str, ...]) -> None:
+    """Keep images: `image rm` refuses them until they are unpinned."""
+    _set(references, True)
+
+
+@click.command()
+@click.argument("references", metavar="IMAGE...", nargs=-1, required=True, shell_complete=images)
+def unpin(references: tuple[str, ...]) -> None:
+    """Let images go again."""
+    _set(references, False)
+
+
+def _set(references: tuple[str, ...], keep: bool) -> None:
+    from hostos.image.keeping import Pins
+    from hostos.image.store import Store
+
+    store = Store()
+    found = [store.get(reference) for reference in references]
+    for image in found:
+        Pins(store).set(image.hash, keep)
+        click.echo(f"{image.name} {'is pinned' if keep else 'is not pinned any more'}", err=True)
+
+
+@click.command()
+@click.argument("reference", metavar="IMAGE", shell_complete=images)
+@click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", help="Whom to ask (repeatable).")
+@json_option
+def copies(reference: str, peers: tuple[str, ...], as_json: bool) -> None:
+    """Count who has all of IMAGE: this host, and of the peers named those who say so. Nothing is fetched.
+
+    Without --peer those of the setting container.peers are asked.
+    """
+    from hostos import config
+    from hostos.image import keeping
+    from hostos.image.store import Store
+    from hostos.live.torrents import parse_peer
+
+    store = Store()
+    found = store.get(reference)
+    asked = [parse_peer(peer) for peer in peers or tuple(config.get("container.peers") or ())]
+    have = keeping.copies(store.bundle(found.hash), asked)
+    here = not found.missing
+    if as_json:
+        print_json({"schema": 1, "image": found.hash, "here": here, "peers": have, "asked": asked})
+        return
+    click.echo(len(have) + here)
+    if here:
+        click.echo("this host has all of it", err=True)
+    for peer in asked:
+        says = "has all of it" if peer in have else "does not have all of it, or does not answer"
+        click.echo(f"{peer} {says}", err=True)
+    if len(have) + here == 1:
+        click.echo("warning: this is the only known copy", err=True)
+
+
+@click.command()
+@click.option("--days", type=click.IntRange(0, 3650), default=30, show_default=True,
+              help="Keep of the build cache what was used in so many days.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+def gc(days: int, dry_run: bool) -> None:
+    """Remove layers no image has any more, and what builds left behind."""
+    from hostos.image import keeping
+    from hostos.image.store import Store
+
+    store = Store()
+    if store.broken():
+        raise UserError("there are broken images, whose layers can't be known", "hostos image ls shows them")
+    with store.changing():
+        found = keeping.garbage(store, days)
+        for each in found:
+            click.echo(f"{human_size(each.size):>10}  {each.what}  {each.path}")
+        if dry_run:
+            return
+        free = keeping.collect(found)
+    click.echo(f"{human_size(free)} free", err=True)
+
+
+COMMANDS = (pin, unpin, copies, gc)
