@@ -78,7 +78,7 @@ def test_the_launcher_is_interrupted(hostos: Any, stage: str, number: signal.Sig
     up = start_until(hostos, stage)
     up.send_signal(number)
     _, err = up.communicate(timeout=30)
-    assert up.returncode == 130 or (not stage and up.returncode == -number), err
+    assert up.returncode == 130 or (not stage and (up.returncode == -number or b"init_import_site" in err)), err
     assert b"Traceback" not in err or not stage
     nothing_left(hostos)
     if hostos.directory().exists():
@@ -99,9 +99,10 @@ def test_an_interrupt_at_any_moment_leaves_nothing(hostos: Any) -> None:
         time.sleep(1.3 * until_qemu * moment / 24)
         up.send_signal(number)
         _, err = up.communicate(timeout=60)
-        # Before a machine is worked on nothing need be undone, and the signal itself ends the command.
-        assert up.returncode in (130, -number), (moment, err.decode())
-        assert up.returncode == 130 or b"QEMU started" not in err, err
+        # Before a machine is worked on nothing need be undone, and the signal itself ends the command, or Python
+        # gives up that has not come to our code.
+        assert up.returncode in (130, -number) or b"init_import_site" in err, (moment, err.decode())
+        assert up.returncode == 130 or b"QEMU started" not in err, (moment, err.decode())
         nothing_left(hostos, machine)
     works(hostos)
 
