@@ -7,6 +7,7 @@ takes kernel and root tree out of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -167,7 +168,9 @@ class BuildrootEngine:
         settings.dl_dir.mkdir(parents=True, exist_ok=True)
         log = output / "hostos.log"
         version = buildroot_source.kernel_version(source, profile.buildroot["kernel_series"])
-        text = buildroot_config.defconfig(profile, toolchain, settings, version, output / buildroot_kernel.CONFIG)
+        patches = buildroot_kernel.record_hash(source, output, version)
+        kernel_config = output / buildroot_kernel.CONFIG
+        text = buildroot_config.defconfig(profile, toolchain, settings, version, kernel_config, patches)
         before = _state(output)
         config = buildroot_config.configure(source, output, text, profile, log)
         info = show_info(source, output)
@@ -279,7 +282,8 @@ class BuildrootEngine:
                 "buildroot": source.provenance,
                 "toolchain": toolchain.kind,
                 **{f"toolchain:{name}": version for name, version in toolchain.packages.items()},
-                "defconfig_sha256": cache.digest({"text": configs["buildroot.defconfig"]}),
+                "defconfig_sha256": buildroot_config.digest(configs["buildroot.defconfig"]),
+                "linux_config_sha256": hashlib.sha256(configs["linux.config"].encode()).hexdigest(),
             },
             compile_python=compile_python if has_python else None,
         )
@@ -287,7 +291,7 @@ class BuildrootEngine:
     def _output(self, profile: Profile, source: Source, toolchain: Toolchain) -> Path:
         """One output directory per profile, and per choice that makes every object file stale."""
         nowhere = Path("/nowhere")
-        text = buildroot_config.defconfig(profile, toolchain, Settings(nowhere), "", nowhere)
+        text = buildroot_config.defconfig(profile, toolchain, Settings(nowhere), "", nowhere, nowhere)
         choice = cache.digest(
             {
                 "commit": source.commit or source.release,
