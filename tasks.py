@@ -20,12 +20,16 @@ from hostos.steps import Steps, Talk
 
 
 def user_errors(function: Callable[..., None]) -> Callable[..., None]:
-    """A `UserError` ends a task with its message and status, Ctrl-C with 130; neither shows a traceback."""
+    """A `UserError` ends a task with its message and status, Ctrl-C (also a closed terminal, and SIGTERM)
+    with 130 and everything it started; neither shows a traceback."""
 
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
+        from hostos.machine.guard import unwinding_on_signals
+
         try:
-            function(*args, **kwargs)
+            with unwinding_on_signals():
+                function(*args, **kwargs)
         except UserError as error:
             raise Exit(f"invoke: {error}", code=error.status) from None
         except KeyboardInterrupt:

@@ -13,6 +13,7 @@ import os
 import pickle
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,19 @@ class BuildrootEngine:
         if found := cache.find("buildroot", key):
             steps.note("Buildroot's result is in the cache: nothing it depends on has changed")
             return self._built(profile, source, toolchain, found, self._output(profile, source, toolchain))
-        prepared = self.configured(profile, steps)
-        if self.options.offline:
-            check_sources(prepared)
-        with steps.step("packages") as step:
-            self._compile(profile, prepared, step)
-        with steps.step("root file system") as step:
-            self._collect(profile, prepared, key, step)
+        with ExitStack() as turn:
+            with steps.step("configuration") as step:
+                turn.enter_context(cache.alone(self._output(profile, source, toolchain).name, step))
+                prepared = self.prepare(profile, source, toolchain)
+                step.detail = f"{len(prepared.info)} packages"
+            # Whoever was waited for may have made it.
+            if cache.find("buildroot", key) is None:
+                if self.options.offline:
+                    check_sources(prepared)
+                with steps.step("packages") as step:
+                    self._compile(profile, prepared, step)
+                with steps.step("root file system") as step:
+                    self._collect(profile, prepared, key, step)
         result = cache.find("buildroot", key)
         assert result is not None
         return self._built(profile, source, toolchain, result, prepared.output)
@@ -126,7 +133,10 @@ class BuildrootEngine:
     def configured(self, profile: Profile, steps: Steps) -> Prepared:
         """The output directory of `profile`, configured and verified, ready for `make`."""
         source, toolchain = self.tools(profile, Steps())
-        with steps.step("configuration") as step:
+        with (
+            steps.step("configuration") as step,
+            cache.alone(self._output(profile, source, toolchain).name, step),
+        ):
             prepared = self.prepare(profile, source, toolchain)
             step.detail = f"{len(prepared.info)} packages"
         return prepared
