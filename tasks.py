@@ -20,12 +20,16 @@ from hostos.steps import Steps, Talk
 
 
 def user_errors(function: Callable[..., None]) -> Callable[..., None]:
-    """A `UserError` ends a task with its message and status, Ctrl-C with 130; neither shows a traceback."""
+    """A `UserError` ends a task with its message and status, Ctrl-C (also a closed terminal, and SIGTERM)
+    with 130 and everything it started; neither shows a traceback."""
 
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
+        from hostos.machine.guard import unwinding_on_signals
+
         try:
-            function(*args, **kwargs)
+            with unwinding_on_signals():
+                function(*args, **kwargs)
         except UserError as error:
             raise Exit(f"invoke: {error}", code=error.status) from None
         except KeyboardInterrupt:
@@ -49,9 +53,16 @@ BUILDROOT: dict[str, tuple[Any, str]] = {
     "dl_dir": ("", "where source archives are kept"),
     "override_file": ("", "Buildroot's BR2_PACKAGE_OVERRIDE_FILE: packages built from directories"),
     "ccache": (False, "use Buildroot's compiler cache"),
-    "jobs": (0, "how many compilers at once (default: one per CPU)"),
+    "jobs": ("", "how many compilers at once (default: one per CPU)"),
 }
 BUILDROOT_HELP = {name: text for name, (_, text) in BUILDROOT.items()}
+
+
+def _count(option: str, text: str) -> int:
+    """A whole number from 1; 0 when the option was not given. (invoke itself answers with a traceback.)"""
+    if text and not (text.isascii() and text.isdecimal() and int(text)):
+        raise UserError(f"{option} {text}: not a whole number from 1", f"{option} 2, or without it")
+    return int(text or 0)
 
 
 def buildroot_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -67,6 +78,7 @@ def buildroot_options(function: Callable[..., None]) -> Callable[..., None]:
         given = {name: kwargs.pop(name, default) for name, (default, _) in BUILDROOT.items()}
         for name in ("dl_dir", "override_file"):
             given[name] = Path(given[name]) if given[name] else None
+        given["jobs"] = _count("--jobs", given["jobs"])
         source = given.pop("buildroot_source") or None
         function(*args, options=Options(source=source, **given), **kwargs)
 

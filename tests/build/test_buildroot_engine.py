@@ -71,6 +71,15 @@ def test_a_source_that_is_not_the_one_its_hash_names_stops_everything(
     assert not (prepared.settings.dl_dir / "dbus/dbus-1.14.10.tar.xz").exists()
 
 
+def test_the_kernel_is_held_to_its_hash_too(engine: BuildrootEngine, prepared: Prepared, home: Path) -> None:
+    """Buildroot by itself takes a kernel of another version than those in its menu unchecked."""
+    archive = f"linux-{prepared.kernel_version}.tar.xz"
+    (home / "site" / archive).write_bytes(b"not what it was")
+    with pytest.raises(UserError, match=rf"(?s){re.escape(archive)} is not the file.*expected .*got"):
+        engine.make(prepared, Progress(1, lambda text: None), "linux-source")
+    assert not (prepared.settings.dl_dir / "linux" / archive).exists()
+
+
 def test_offline_names_every_source_that_is_not_there(engine: BuildrootEngine, home: Path) -> None:
     nowhere = home / "nothing"
     nowhere.mkdir(exist_ok=True)
@@ -78,7 +87,7 @@ def test_offline_names_every_source_that_is_not_there(engine: BuildrootEngine, h
     with pytest.raises(UserError, match=r"archive\(s\) are neither in") as caught:
         buildroot_tools.fill(PROFILE, options, home / "bundle", Steps())
     assert caught.value.status == 2
-    for file in ("busybox-1.37.0.tar.bz2 (busybox)", "host-gcc-final", "glibc"):
+    for file in ("busybox-1.37.0.tar.bz2 (busybox)", "host-gcc-final", "glibc", "(linux)", "(linux-headers)"):
         assert file in caught.value.message
     assert "util-linux-2" not in caught.value.message
 

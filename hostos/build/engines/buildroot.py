@@ -7,11 +7,13 @@ takes kernel and root tree out of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,13 +93,19 @@ class BuildrootEngine:
         if found := cache.find("buildroot", key):
             steps.note("Buildroot's result is in the cache: nothing it depends on has changed")
             return self._built(profile, source, toolchain, found, self._output(profile, source, toolchain))
-        prepared = self.configured(profile, steps)
-        if self.options.offline:
-            check_sources(prepared)
-        with steps.step("packages") as step:
-            self._compile(profile, prepared, step)
-        with steps.step("root file system") as step:
-            self._collect(profile, prepared, key, step)
+        with ExitStack() as turn:
+            with steps.step("configuration") as step:
+                turn.enter_context(cache.alone(self._output(profile, source, toolchain).name, step))
+                prepared = self.prepare(profile, source, toolchain)
+                step.detail = f"{len(prepared.info)} packages"
+            # Whoever was waited for may have made it.
+            if cache.find("buildroot", key) is None:
+                if self.options.offline:
+                    check_sources(prepared)
+                with steps.step("packages") as step:
+                    self._compile(profile, prepared, step)
+                with steps.step("root file system") as step:
+                    self._collect(profile, prepared, key, step)
         result = cache.find("buildroot", key)
         assert result is not None
         return self._built(profile, source, toolchain, result, prepared.output)
@@ -125,7 +133,10 @@ class BuildrootEngine:
     def configured(self, profile: Profile, steps: Steps) -> Prepared:
         """The output directory of `profile`, configured and verified, ready for `make`."""
         source, toolchain = self.tools(profile, Steps())
-        with steps.step("configuration") as step:
+        with (
+            steps.step("configuration") as step,
+            cache.alone(self._output(profile, source, toolchain).name, step),
+        ):
             prepared = self.prepare(profile, source, toolchain)
             step.detail = f"{len(prepared.info)} packages"
         return prepared
@@ -167,7 +178,9 @@ class BuildrootEngine:
         settings.dl_dir.mkdir(parents=True, exist_ok=True)
         log = output / "hostos.log"
         version = buildroot_source.kernel_version(source, profile.buildroot["kernel_series"])
-        text = buildroot_config.defconfig(profile, toolchain, settings, version, output / buildroot_kernel.CONFIG)
+        patches = buildroot_kernel.record_hash(source, output, version)
+        kernel_config = output / buildroot_kernel.CONFIG
+        text = buildroot_config.defconfig(profile, toolchain, settings, version, kernel_config, patches)
         before = _state(output)
         config = buildroot_config.configure(source, output, text, profile, log)
         info = show_info(source, output)
@@ -279,7 +292,8 @@ class BuildrootEngine:
                 "buildroot": source.provenance,
                 "toolchain": toolchain.kind,
                 **{f"toolchain:{name}": version for name, version in toolchain.packages.items()},
-                "defconfig_sha256": cache.digest({"text": configs["buildroot.defconfig"]}),
+                "defconfig_sha256": buildroot_config.digest(configs["buildroot.defconfig"]),
+                "linux_config_sha256": hashlib.sha256(configs["linux.config"].encode()).hexdigest(),
             },
             compile_python=compile_python if has_python else None,
         )
@@ -287,7 +301,7 @@ class BuildrootEngine:
     def _output(self, profile: Profile, source: Source, toolchain: Toolchain) -> Path:
         """One output directory per profile, and per choice that makes every object file stale."""
         nowhere = Path("/nowhere")
-        text = buildroot_config.defconfig(profile, toolchain, Settings(nowhere), "", nowhere)
+        text = buildroot_config.defconfig(profile, toolchain, Settings(nowhere), "", nowhere, nowhere)
         choice = cache.digest(
             {
                 "commit": source.commit or source.release,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostos.build import kconfig
+from hostos.build import cache, kconfig
 from hostos.build.engines.buildroot_source import Source
 from hostos.build.engines.buildroot_toolchain import Toolchain
 from hostos.build.profile import Option, Profile, Value
@@ -14,6 +14,13 @@ from hostos.build.run import run
 from hostos.errors import UserError
 
 TEMPLATE = "buildroot.config.j2"
+# Our BR2_GLOBAL_PATCH_DIR, in the output directory.
+PATCHES = "hostos.patches"
+# Symbols (without BR2_) that say where things are on the build machine: no part of what is built.
+PLACES = (
+    *("CCACHE", "DL_DIR", "GLOBAL_PATCH_DIR", "LINUX_KERNEL_CUSTOM_CONFIG_FILE", "PACKAGE_OVERRIDE_FILE"),
+    *("PRIMARY_SITE", "TOOLCHAIN_EXTERNAL_PATH"),
+)
 EXTERNAL = Path(__file__).resolve().parents[3] / "buildroot-external"
 
 
@@ -30,9 +37,12 @@ class Settings:
 
 
 def defconfig(
-    profile: Profile, toolchain: Toolchain, settings: Settings, kernel_version: str, kernel_config: Path
+    profile: Profile, toolchain: Toolchain, settings: Settings, kernel_version: str, kernel_config: Path, patches: Path
 ) -> str:
-    """The rendered defconfig. Raises `UserError` for a template or feature that is wrong."""
+    """The rendered defconfig. `patches`: where the kernel's hash is (`buildroot_kernel.record_hash`).
+
+    Raises `UserError` for a template or feature that is wrong.
+    """
     return render(
         TEMPLATE,
         profile=profile,
@@ -40,7 +50,14 @@ def defconfig(
         settings=settings,
         kernel_version=kernel_version,
         kernel_config=kernel_config,
+        patches=patches,
     )
+
+
+def digest(text: str) -> str:
+    """SHA-256 of what the defconfig `text` asks for, wherever it is built and its sources are."""
+    symbols = kconfig.parse_config(text)
+    return cache.digest({symbol: value for symbol, value in symbols.items() if not symbol.startswith(PLACES)})
 
 
 def preview(profile: Profile) -> str:
@@ -48,7 +65,7 @@ def preview(profile: Profile) -> str:
     symbol = Option("TOOLCHAIN_BUILDROOT_CXX", True, "toolchain", Path(TEMPLATE))
     toolchain = Toolchain("internal", "internal", (symbol,))
     series = profile.buildroot["kernel_series"]
-    return defconfig(profile, toolchain, Settings(Path("dl")), f"{series}.x", Path("linux.config"))
+    return defconfig(profile, toolchain, Settings(Path("dl")), f"{series}.x", Path("linux.config"), Path(PATCHES))
 
 
 def configure(source: Source, output: Path, text: str, profile: Profile, log: Path | None = None) -> dict[str, Value]:

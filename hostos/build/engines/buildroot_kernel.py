@@ -15,8 +15,8 @@ from pathlib import Path
 
 from hostos.build import kconfig
 from hostos.build.engines import buildroot_host
-from hostos.build.engines.buildroot_config import make
-from hostos.build.engines.buildroot_source import Source
+from hostos.build.engines.buildroot_config import PATCHES, make
+from hostos.build.engines.buildroot_source import Source, kernel_hashes
 from hostos.build.kernel import IMAGE, KERNEL_ARCH
 from hostos.build.profile import Profile
 from hostos.build.render import linux_config
@@ -47,6 +47,21 @@ def locate(source: Source, output: Path) -> KernelTree:
     if not {"LINUX_DIR", "TARGET_CROSS"} <= found.keys():
         raise failure(f"Buildroot did not say where it builds the kernel:\n{shown[-500:]}", f"look at {output}/.config")
     return KernelTree(Path(found["LINUX_DIR"]), found["TARGET_CROSS"])
+
+
+def record_hash(source: Source, output: Path, version: str) -> Path:
+    """Make Buildroot check the kernel's archive; returns the directory for BR2_GLOBAL_PATCH_DIR.
+
+    It looks for hashes in `linux/<version>/`, which exists for the versions of its own menu only. Of
+    another version it takes the archive unchecked, also with BR2_DOWNLOAD_FORCE_CHECK_HASHES, although
+    the hash is recorded in one of the files there. The internal toolchain takes its headers from the
+    same archive.
+    """
+    patches = output / PATCHES
+    for package in ("linux", "linux-headers"):
+        (patches / package).mkdir(parents=True, exist_ok=True)
+        (patches / package / f"{package}.hash").write_text(kernel_hashes(source, version))
+    return patches
 
 
 def write_config(profile: Profile, source: Source, output: Path, log: Path) -> Path:

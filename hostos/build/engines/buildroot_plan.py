@@ -17,10 +17,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hostos.build.engines.buildroot_config import PLACES
 from hostos.build.profile import Value
 
 # Where sources come from and what runs the build: nothing in the image depends on it.
-_MEANS = ("DL_DIR", "PRIMARY_SITE", "PACKAGE_OVERRIDE_FILE", "CCACHE", "DOWNLOAD_", "DEFCONFIG", "HOST_DIR", "EXTERNAL")
+_MEANS = (*PLACES, "DOWNLOAD_", "DEFCONFIG", "HOST_DIR", "EXTERNAL")
 
 Info = Mapping[str, Mapping[str, Any]]
 

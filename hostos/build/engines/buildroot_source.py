@@ -69,6 +69,12 @@ def kernel_version(source: Source, series: str) -> str:
     return max(found, key=lambda version: int(version.rpartition(".")[2]))
 
 
+def kernel_hashes(source: Source, version: str) -> str:
+    """The text of the hash file in which Buildroot records the kernel `version`, and its licences."""
+    texts = (file.read_text() for file in sorted(source.path.glob("linux/*/linux.hash")))
+    return next(text for text in texts if f"  linux-{version}.tar.xz" in text)
+
+
 def _is_bare(path: Path) -> bool:
     return (path / "HEAD").is_file() and (path / "objects").is_dir()
 

@@ -58,6 +58,16 @@ def test_sources_behind_a_firewall(rendered: Rendered) -> None:
     assert closed["CCACHE_DIR"] == "/cc"
 
 
+def test_the_digest_is_of_what_is_built_not_of_where(rendered: Rendered) -> None:
+    profile = load_profile("default", "x86_64")
+    here = rendered(profile, Settings(Path("/dl")), config=Path("/here/linux.config"))
+    closed = Settings(Path("/other"), "file:///site", offline=True, override_file=Path("/o.mk"), ccache="/cc")
+    there = rendered(profile, closed, config=Path("/a/longer/path/linux.config"))
+    assert here != there
+    assert buildroot_config.digest(here) == buildroot_config.digest(there)
+    assert buildroot_config.digest(here) != buildroot_config.digest(here.replace("OPTIMIZE_S=y", "OPTIMIZE_2=y"))
+
+
 def test_a_custom_kernel_says_how_new_its_headers_are(rendered: Rendered) -> None:
     """Without this symbol Buildroot drops systemd from the configuration without a word."""
     got = kconfig.parse_config(rendered(load_profile("default", "x86_64"), Settings(Path("/dl"))))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostos.build.engines import buildroot, buildroot_host, buildroot_source
+from hostos.build.engines import buildroot, buildroot_host, buildroot_kernel, buildroot_source
 from hostos.build.engines.buildroot import BuildrootEngine, Options, overridden_packages
 from hostos.build.engines.buildroot_plan import Plan, owning_package, plan
 from hostos.build.engines.buildroot_progress import Progress, seconds_by_package
@@ -216,6 +216,10 @@ def test_the_newest_recorded_kernel_of_a_series_is_taken(tmp_path: Path) -> None
     assert buildroot_source.kernel_version(source, "6.12") == "6.12.91"
     with pytest.raises(UserError, match=r"records no kernel 5\.4\.x"):
         buildroot_source.kernel_version(source, "5.4")
+    patches = buildroot_kernel.record_hash(source, tmp_path / "output", "6.12.91")
+    for package in ("linux", "linux-headers"):
+        recorded = (patches / package / f"{package}.hash").read_text().splitlines()
+        assert f"sha256  {'0' * 64}  linux-6.12.91.tar.xz" in recorded
 
 
 def test_every_missing_host_tool_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

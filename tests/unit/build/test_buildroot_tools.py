@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,16 @@ def test_known_vulnerabilities_come_from_a_local_feed(
 def test_a_directory_without_a_feed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no CVE feed"):
         cve(load_profile("minimal", "x86_64"), Options(), tmp_path, Steps())
+
+
+@pytest.mark.parametrize("jobs", ["-3", "many"])
+def test_a_number_of_compilers_that_is_none_is_bad_input(jobs: str) -> None:
+    command = [sys.executable, "-m", "invoke", "build", "--engine", "buildroot", f"--jobs={jobs}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=CONFIGS.parent)
+    assert (done.returncode, done.stderr.partition("\n")[0]) == (
+        2,
+        f"invoke: --jobs {jobs}: not a whole number from 1",
+    )
 
 
 def with_guide(tmp_path: Path) -> Path:
