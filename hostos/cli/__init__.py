@@ -39,6 +39,7 @@ COMMANDS = {
     "ssh-config": "ssh",
     "container": "container",
     "image": "image",
+    "export": "export",
     "seed": "seed",
     "name": "name",
     "cache": "cache",
