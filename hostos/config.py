@@ -96,6 +96,7 @@ KEYS = {
         Key("timeouts.ssh", "number", 60.0, "until the guest's sshd greets, seconds", 0.1, 86400),
         Key("timeouts.login", "number", 30.0, "until it has taken the key, seconds", 0.1, 86400),
         Key("timeouts.system", "number", 60.0, "until systemd says that all is up, seconds", 0.1, 86400),
+        Key("timeouts.root", "number", 150.0, "until an image is mounted as the root, seconds", 0.1, 86400),
         Key("timeouts.down", "number", 30.0, "for a guest to power itself off, seconds", 0.1, 86400),
         Key("talk.level", "text", "normal", "how much is said", choices=("quiet", "normal", "verbose")),
         Key("console.detach_key", "text", "ctrl-]", "leaves hostos console"),

@@ -21,7 +21,18 @@ from hostos.steps import Steps, Talk
 
 # A real Debian with a few things people run, a few hundred MB unpacked.
 SUITE = "trixie"
-PACKAGES = ("systemd", "systemd-sysv", "dbus", "python3", "nginx-light", "git", "nodejs", "procps", "iproute2")
+PACKAGES = (
+    "systemd",
+    "systemd-sysv",
+    "dbus",
+    "python3",
+    "nginx-light",
+    "git",
+    "nodejs",
+    "procps",
+    "iproute2",
+    "openssh-server",
+)
 NAME = "demo/debian"
 HELLO = 'import platform; print("hello from", platform.freedesktop_os_release()["PRETTY_NAME"])'
 

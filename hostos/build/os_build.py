@@ -110,8 +110,8 @@ def _write_dist(profile: Profile, engine: str, built: Built, packed: Path, dist:
             "cmdline": profile.cmdline,
             # What the guest says on its port "hostos.agent" (overlay/usr/lib/hostos/dhcp-lease, identity).
             "announces": ["network", "identity"],
-            # What of the machine's devices it mounts (overlay/usr/lib/hostos/devices).
-            "mounts": ["disk", "9p"],
+            # What it mounts: devices of the machine (overlay/usr/lib/hostos/devices), an image as its root (…/root).
+            "mounts": ["disk", "9p", *(["root"] if any(each.name == "live" for each in profile.features) else [])],
             "files": files,
             "unpacked": unpacked,
             "min_memory_mib": min_memory_mib(unpacked),

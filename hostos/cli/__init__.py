@@ -13,6 +13,7 @@ import click
 from hostos import __version__
 from hostos.cli.common import talk_options
 from hostos.errors import UserError
+from hostos.machine import root
 
 # command -> module below hostos.cli that defines it (as the attribute of the same name, `-` as `_`)
 COMMANDS = {
@@ -38,6 +39,7 @@ COMMANDS = {
     "ssh-config": "ssh",
     "container": "container",
     "image": "image",
+    "export": "export",
     "seed": "seed",
     "name": "name",
     "mirror": "mirror",
@@ -76,8 +78,15 @@ def hostos() -> None:
     """
 
 
+def _find_image(image: str, peers: tuple[str, ...], start: bool) -> root.Source:
+    from hostos.cli.root import find
+
+    return find(image, peers, start)
+
+
 def main(argv: list[str] | None = None) -> Any:
     """Entry point. Prints a `UserError` without traceback; 130 on Ctrl-C, 141 on a closed pipe."""
+    root.finder = _find_image
     try:
         result = hostos.main(args=argv, standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)

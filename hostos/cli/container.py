@@ -185,6 +185,11 @@ def boot(
         tty = sys.stdin.isatty() and sys.stdout.isatty()
     told = steps()
     with live.guest(machine, told, start=not no_up) as guest:
+        if root := guest.instance.require_run().root:
+            raise UserError(
+                f"machine {machine!r} has image {root[:16]}… as its root: it runs no containers of hostos",
+                "in another machine: hostos container boot -m NAME; or: hostos up --root none",
+            )
         where = live.peers_and_bundle(wanted, guest.instance, bare=bare, swarm=swarm)
         secret = key_to_text(key) if (key := key or live.own_key(wanted)) else None
         if wanted.bundle:

@@ -179,7 +179,8 @@ def guest(machine: str, steps: Steps, *, start: bool) -> Iterator[Guest]:
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(connect(instance, deadline=CONNECT_SECONDS))
         try:
-            stream = connection.unix_socket(SOCKET)
+            # Below a root that is an image, our own system is still there.
+            stream = connection.unix_socket(SOCKET, root="/run/hostos/system" if instance.require_run().root else "")
         except ConnectionLost as error:
             raise UserError(str(error), f"hostos status -m {machine}", status=FAILED) from error
         client = Client(stream)

@@ -44,6 +44,12 @@ _PASSED_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": Fa
 @click.option("--disk", metavar="SIZE|FILE", help="Keep what is fetched, e.g. 20G; none: no more.  [default: none]")
 @click.option("--share", "shares", multiple=True, metavar="DIR[:GUEST][:ro]", help="Show a directory. Repeatable.")
 @click.option("--reclaim/--no-reclaim", default=None, help="Give memory back that the guest frees.  [default: no]")
+@click.option("--root", metavar="HASH|NAME",
+              help="Boot this image as the machine's own system; none: ours again.  [default: none]")  # fmt: skip
+@click.option("--peer", "peers", multiple=True, metavar="ADDR:PORT",
+              help="Who has the image (for a CID: URL of a gateway). Repeatable.")  # fmt: skip
+@click.option("--persist/--no-persist", default=None,
+              help="Keep what the root changes on the machine's disk.  [default: it is gone at power-off]")  # fmt: skip
 @click.option("--timeout", type=float, metavar="SECONDS", help="Give up if it is not ready by then.")
 @click.option("--warm/--cold", default=None,
               help="Insist on starting from a template, or boot.  [default: a template if there is one]")  # fmt: skip
@@ -68,6 +74,9 @@ def up(
     disk: str | None,
     shares: Sequence[str],
     reclaim: bool | None,
+    root: str | None,
+    peers: tuple[str, ...],
+    persist: bool | None,
     timeout: float | None,
     warm: bool | None,
     timeline: str | None,
@@ -78,6 +87,11 @@ def up(
 
     Options that are not given are as in its last start. Without --key a key pair is made once, in
     the state directory, for all machines.
+
+    \b
+    With --root the machine boots an image of the network as its own system (docs/root.md):
+      hostos up --root web/debian                     one of this host's images
+      hostos up --root 7aecf24720… --peer 192.0.2.7:6881 --disk 20G --persist
     """
     from hostos.machine import launcher
     from hostos.machine.disk import normalise
@@ -105,7 +119,12 @@ def up(
         reclaim=reclaim,
         timeout=timeout,
         warm=warm,
+        persist=persist,
     )
+    if root is not None or peers:
+        from hostos.cli.root import chosen
+
+        options = chosen(options, machine, root, peers)
     if dry_run:
         command = launcher.dry_run(machine, options, steps())
         if as_json:
@@ -254,6 +273,7 @@ def status(machine: str, as_json: bool) -> None:
         "address",
         "disk",
         "shares",
+        "root",
         "failed_units",
     ):
         if facts.get(name) not in (None, [], ""):
@@ -348,6 +368,8 @@ def _description_of_run(instance: Instance, started: Run) -> dict[str, Any]:
         "found_by": started.found_by,
         "disk": started.disk,
         "shares": started.shares,
+        "root": started.root,
+        "persist": started.persist,
         "address": instance.address,
         "swarm_port": started.swarm_port,
         "ssh": {

@@ -187,7 +187,7 @@ class Containers:
             )
         base: int | None = None
         kept = await self._keep(options, found.image) if options.persist else None
-        if kept is not None:
+        if kept is not None and options.private_users:
             base = kept.base
         elif options.private_users:
             base = make.free_base(self._bases)

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,8 @@ class Config:
     systemd: bool = True
     keep: Path | None = None
     swarm: SwarmSettings = field(default_factory=SwarmSettings)
+    started: Callable[[Operations], Awaitable[None]] | None = None
+    """Run beside all else from the moment on at which the daemon can be asked."""
 
 
 class Connection:
@@ -211,7 +214,8 @@ async def _serve(config: Config, files: fuse.Files, place: Path) -> None:
         async with trio.open_nursery() as services:
             services.start_soon(swarm.run)
             services.start_soon(_serve_files)
-            await in_thread(fuse.set_read_ahead, place, fuse.READ_AHEAD_KIB)
+            # It asks this very process, which would wait for it for ever if a service has failed meanwhile.
+            await trio.to_thread.run_sync(fuse.set_read_ahead, place, fuse.READ_AHEAD_KIB, abandon_on_cancel=True)
             layers = Layers(swarm, services, files, place, config.cache / "layers", config.mounts / "layers")
             layers.rest = config.rest
             (config.cache / "images").mkdir(exist_ok=True)
@@ -231,6 +235,8 @@ async def _serve(config: Config, files: fuse.Files, place: Path) -> None:
                     async def serve(stream: trio.SocketStream) -> None:
                         await Connection(operations, stream).serve()
 
+                    if config.started:
+                        clients.start_soon(config.started, operations)
                     log(f"ready: {config.socket}, peers on {config.listen}")
                     await trio.serve_listeners(serve, [listener])
             finally:

@@ -23,11 +23,12 @@ from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOATIME = 1, 2, 4, 1024
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_NOATIME, MS_BIND = 1, 2, 4, 8, 1024, 4096
 MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
 
 _AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
-_SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
+_SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_OPENAT2, _SYS_MOUNT_SETATTR = 428, 429, 437, 442
+_RESOLVE_IN_ROOT = 0x10
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOUNT_ATTR_IDMAP = 0x00100000
@@ -85,6 +86,14 @@ def unmount_patiently(target: Path, seconds: float = 5.0) -> None:
     with contextlib.suppress(OSError):
         unmount(target, MNT_DETACH | UMOUNT_NOFOLLOW)
     return None
+
+
+def open_in_root(root: int, path: str, flags: int) -> int:
+    """A descriptor of `path` below the directory `root`, followed as by a process whose root that is
+    (openat2(2), RESOLVE_IN_ROOT): neither `..` nor a link leads out of it. Creates nothing. Raises OSError."""
+    # struct open_how: flags, mode, resolve
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT)
+    return _check(_libc.syscall(_SYS_OPENAT2, root, os.fsencode(path), how, ctypes.c_size_t(len(how))), path)
 
 
 @contextlib.contextmanager

@@ -49,5 +49,6 @@ def deadlines(*, proof: bool, total: float | None) -> Deadlines:
         banner=seconds("ssh", built_in.banner),
         login=seconds("login", built_in.login),
         system=seconds("system", built_in.system),
+        root=seconds("root", built_in.root),
         total=total if total is not None else start,
     )

@@ -235,9 +235,9 @@ class Connection:
         """Start `argv` and return its stdin and stdout as one file-like object."""
         return Stream(self, self.start(argv), argv[0])
 
-    def unix_socket(self, path: str) -> Stream:
-        """A connection to the Unix socket `path` in the guest."""
-        return self.open(["socat", "-", f"UNIX-CONNECT:{path}"])
+    def unix_socket(self, path: str, *, root: str = "") -> Stream:
+        """A connection to the Unix socket `path` in the guest; `root`: the directory whose programs are used."""
+        return self.open([*(["chroot", root] if root else []), "socat", "-", f"UNIX-CONNECT:{path}"])
 
     def interact(self, argv: Sequence[str], *, tty: bool, first_output: Callable[[], None] | None = None) -> int:
         """Run `argv` with stdin, stdout and stderr of this process; returns its exit status.

@@ -7,7 +7,7 @@ of its own, so that a passphrase on the user's key is never in the way.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,9 +106,15 @@ def _whole_pair(private: Path) -> str | None:
     return line if whole else None
 
 
-def instance_archive(identity: Identity, hostname: str, key_lines: Sequence[str], devices: str = "") -> bytes:
+def instance_archive(
+    identity: Identity,
+    hostname: str,
+    key_lines: Sequence[str],
+    devices: str = "",
+    more: Mapping[str, bytes] | None = None,
+) -> bytes:
     """The cpio archive the kernel unpacks over the OS: host key, authorized keys, hostname, and what it
-    is to mount (`hostos.machine.devices`).
+    is to mount (`hostos.machine.devices`); `more`: further files.
 
     The control key comes first among the authorized keys.
     """
@@ -121,6 +127,7 @@ def instance_archive(identity: Identity, hostname: str, key_lines: Sequence[str]
             cpio.directory("etc/hostos"),
             cpio.directory(INSIDE, 0o700),
             *mounts,
+            *(cpio.file(f"{INSIDE}/{name}", content, 0o600) for name, content in (more or {}).items()),
             cpio.file(f"{INSIDE}/authorized_keys", authorized.encode(), 0o600),
             # Which keys of the command line are among them, so that the guest need not decode those.
             cpio.file(f"{INSIDE}/encoded_keys", "".join(f"{encode_key(line)}\n" for line in key_lines).encode()),

@@ -78,6 +78,9 @@ class Run:
     disk: str = ""
     shares: list[str] = field(default_factory=list)
     reclaim: bool = False
+    # The image that is its root, and whether its changes are kept.
+    root: str = ""
+    persist: bool = False
 
     @property
     def forwards(self) -> tuple[Forward, ...]:

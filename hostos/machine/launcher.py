@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 from hostos.errors import UserError, failure
-from hostos.machine import accel, configured, qemu, start, stop, suspend, template
+from hostos.machine import accel, configured, qemu, root, start, stop, suspend, template
 from hostos.machine.clone import CloneFailed
 from hostos.machine.files import Unreadable, write_json
 from hostos.machine.guard import at_work, file_faults, unwinding_on_signals
@@ -83,7 +83,7 @@ def dry_run(name: str, options: UpOptions, steps: Steps) -> list[str]:
         _refuse_running(instance, locked=True)
         undo.callback(stop.tidy, instance)
         plan = _with_keys(instance, plan)
-        identity = start.make_files(instance, plan)
+        identity = start.make_files(instance, plan, dry=True)
         undo.pop_all()
     steps.note(f"its files are in {instance.directory}. Once it runs: ssh -F {instance.ssh_config} {identity.alias}")
     return qemu.command(plan.config)
@@ -246,6 +246,8 @@ def _origin(plan: Plan, steps: Steps) -> tuple[Template | None, bool]:
     if insisted is False or (insisted is None and not (template.enabled() and configured.warm())):
         return None, False
     why = template.why_not(plan.config, plan.image)
+    if root.wanted(plan.options):
+        why = "the root is mounted when it boots"
     if plan.options.append:
         why = "words given with --append are read by a kernel that boots"
     if why:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hostos import config
 from hostos.errors import UserError
+from hostos.machine import root
 from hostos.machine.accel import CHOICES
 from hostos.machine.disk import normalise
 from hostos.machine.files import Unreadable
@@ -31,7 +32,8 @@ class UpOptions:
     """Options of `hostos up`; None means: as last time, else the default.
 
     `keys` are lines of authorized_keys, `os` an OS directory (or `kernel` and `initrd` files, of
-    another maker), `append` more words for the kernel. `timeout` (seconds, for the whole start) and
+    another maker), `append` more words for the kernel, `root` the image that becomes the system (`peers`: who
+    has it; `persist`: its changes are kept). `timeout` (seconds, for the whole start) and
     `warm` (insist on a start from a template, or refuse it) are not remembered.
     """
 
@@ -52,6 +54,9 @@ class UpOptions:
     append: str | None = None
     timeout: float | None = None
     warm: bool | None = None
+    root: str | None = None
+    peers: tuple[str, ...] | None = None
+    persist: bool | None = None
 
     @property
     def shared(self) -> tuple[Share, ...]:
@@ -69,6 +74,9 @@ class UpOptions:
             # Ports and lease files belong to a network.
             keep = remembered.publish if self.network.kind == remembered.network.kind else None
             remembered = replace(remembered, lease_files=None, publish=keep)
+        if self.root is not None and self.root != remembered.root:
+            # Peers and changes belong to an image.
+            remembered = replace(remembered, peers=None, persist=None)
         if self.os is not None or self.kernel is not None:
             # What is booted is one choice.
             remembered = replace(remembered, os=None, kernel=None, initrd=None, append=None)
@@ -100,6 +108,9 @@ class UpOptions:
                 kernel=Path(content["kernel"]) if "kernel" in content else None,
                 initrd=Path(content["initrd"]) if "initrd" in content else None,
                 append=content.get("append"),
+                root=content.get("root"),
+                peers=tuple(content["peers"]) if "peers" in content else None,
+                persist=content.get("persist"),
             )
             options.check()
         except (TypeError, AttributeError, UserError) as error:
@@ -122,6 +133,7 @@ class UpOptions:
             raise UserError("--initrd without --kernel", "an OS of ours has its own initrd; others need both")
         if self.kernel is not None and self.network.own_address:
             raise UserError(f"--kernel does not go with --net {self.net}", "guests of other makers: --net user")
+        root.check(self)
         if self.timeout is not None and not self.timeout > 0:
             raise UserError("the timeout must be more than 0 s", "e.g. --timeout 120")
         if self.disk is not None:

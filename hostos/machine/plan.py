@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hostos.errors import UserError
-from hostos.machine import accel, bridge, configured, network, os_image, other_guest, qemu
+from hostos.machine import accel, bridge, configured, network, os_image, other_guest, qemu, root
 from hostos.machine.disk import Disk, plan_disk, same_file
 from hostos.machine.files import Unreadable, read_json
 from hostos.machine.instance import Instance, Run, all_instances
@@ -54,6 +54,7 @@ def make_plan(instance: Instance, options: UpOptions, keys: tuple[str, ...], *, 
         binary = qemu.find_qemu(image.arch)
     memory_mib = options.memory_mib or DEFAULT_MEMORY_MIB
     check_memory(memory_mib, image)
+    check_root(options, image, memory_mib)
     hostname = options.hostname or instance.name
     check_hostname_is_free(instance, hostname)
     for forward in options.publish or ():
@@ -96,6 +97,20 @@ def make_plan(instance: Instance, options: UpOptions, keys: tuple[str, ...], *, 
         reclaim=bool(options.reclaim),
     )
     return Plan(remembered, image, choice, hostname, keys, config, ssh_port, swarm_port, sources)
+
+
+def check_root(options: UpOptions, image: OsImage, memory_mib: int) -> None:
+    """Raises UserError if this OS, on this machine, can't have an image as its root."""
+    if not root.wanted(options):
+        return
+    if root.ABILITY not in image.mounts:
+        raise UserError(f"{image.directory} cannot boot an image as its root", "one of this version can: invoke build")
+    if memory_mib < root.MIN_MEMORY_MIB:
+        raise UserError(
+            f"{memory_mib} MiB of memory is too little for an image as root", f"--memory {root.MIN_MEMORY_MIB} or more"
+        )
+    if options.persist and options.disk in (None, "none"):
+        raise UserError("--persist keeps changes on the machine's disk, and it has none", "--disk 20G")
 
 
 def check_devices(instance: Instance, options: UpOptions) -> tuple[Disk | None, tuple[Share, ...]]:
@@ -162,6 +177,8 @@ def _kernel_arguments(
 ) -> str:
     base = " ".join(word for word in (image.cmdline, options.append) if word)
     extra = [EMULATED] if choice.name == "tcg" else []
+    if root.wanted(options):
+        extra.append(root.arguments(options, timeout_scale()))
     if image.by_path:
         extra.append(other_guest.arguments(hostname, keys))
     return compose(base, hostname, keys, " ".join(extra))

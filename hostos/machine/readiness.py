@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hostos.errors import UserError
+from hostos.machine import root as images
 from hostos.machine.identity import Identity
 from hostos.machine.instance import Instance
 from hostos.machine.network import LOOPBACK
@@ -56,14 +57,15 @@ class Deadlines:
     banner: float = 60.0
     login: float = 30.0
     system: float = 60.0
+    root: float = 150.0
     total: float | None = None
 
     def scaled(self, factor: float) -> Deadlines:
         """All but `total` multiplied."""
         first = None if self.first_output is None else self.first_output * factor
-        rungs = (each * factor for each in (self.monitor, self.lease, self.banner, self.login, self.system))
-        monitor, lease, banner, login, system = rungs
-        return Deadlines(monitor, first, lease, banner, login, system, self.total)
+        rungs = (self.monitor, self.lease, self.banner, self.login, self.system, self.root)
+        monitor, lease, banner, login, system, root = (each * factor for each in rungs)
+        return Deadlines(monitor, first, lease, banner, login, system, root, self.total)
 
 
 def climb(
@@ -77,11 +79,13 @@ def climb(
     announced: bool = False,
     locator: Locator | None = None,
     found: Callable[[Found], None] | None = None,
+    root: bool = False,
 ) -> list[str]:
     """Wait until the machine is ready; returns the names of units that failed in the guest.
 
     `announced`: the guest says on its agent port when its network is up. `locator`: knows the address
-    of a guest that has one of its own; `found` is told it, again if it changes.
+    of a guest that has one of its own; `found` is told it, again if it changes. `root`: its system is an
+    image's, which it has to mount first.
 
     Raises UserError (status 1) saying why, AcceleratorFailed, PortTaken.
     """
@@ -97,6 +101,8 @@ def climb(
             target = _Located(locator, found or (lambda _found: None), port)
             with steps.step("lease found") as step:
                 step.detail = _lease(watch, target, deadlines.lease)
+        if root:
+            images.climb(watch, deadlines.root, steps)
         give_up = time.monotonic() + deadlines.banner
         guest = stack.enter_context(log_in(target, identity, watch, give_up, deadlines.login, steps, agent=agent))
         with steps.step("system is up") as step:

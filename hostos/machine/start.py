@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hostos.errors import UserError, failure
-from hostos.machine import accel, configured, devices, other_guest, qemu, stop
+from hostos.machine import accel, configured, devices, other_guest, qemu, root, stop
 from hostos.machine.clone import CloneFailed
 from hostos.machine.disk import prepare
 from hostos.machine.identity import Identity, combine_initrd, ensure_identity, instance_archive
@@ -90,6 +90,7 @@ def boot(instance: Instance, plan: Plan, steps: Steps, began: float) -> Run:
                 announced=announced,
                 locator=locator,
                 found=found,
+                root=root.wanted(plan.options),
             )
         # QEMU has it in memory.
         instance.initrd.unlink(missing_ok=True)
@@ -161,12 +162,15 @@ class _Stages:
             self.done.append({"name": event.step, "seconds": round(event.seconds, 3)})
 
 
-def make_files(instance: Instance, plan: Plan) -> Identity:
-    """What QEMU's command line names and what leads into the guest afterwards."""
+def make_files(instance: Instance, plan: Plan, *, dry: bool = False) -> Identity:
+    """What QEMU's command line names and what leads into the guest afterwards. `dry`: nothing is started."""
     identity = ensure_identity(instance.identity_dir, instance.name)
     instance.make_socket_dir()
     mounts = devices.lines(plan.config.disk, plan.config.shares)
-    archive = instance_archive(identity, plan.hostname, plan.keys, mounts)
+    image = None
+    if root.wanted(plan.options):
+        image = root.archive(plan.options, own_address=plan.config.net.own_address, start=not dry)
+    archive = instance_archive(identity, plan.hostname, plan.keys, mounts, image)
     combine_initrd(plan.image.initrd(), archive, instance.initrd)
     if plan.config.disk is not None:
         prepare(plan.config.disk)
@@ -213,4 +217,6 @@ def _run_record(plan: Plan, command: list[str], process: QemuProcess, began: flo
         disk=str(plan.config.disk.file) if plan.config.disk else "",
         shares=[str(share) for share in plan.config.shares],
         reclaim=plan.config.reclaim,
+        root=plan.options.root or "" if root.wanted(plan.options) else "",
+        persist=bool(plan.options.persist),
     )

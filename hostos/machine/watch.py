@@ -8,6 +8,7 @@ import time
 from hostos.errors import UserError, failure
 from hostos.machine.instance import Instance
 from hostos.machine.process import QemuProcess
+from hostos.machine.root import heard
 
 TAIL_LINES = 12
 # What the guest says when it cannot come up -> what to do.
@@ -41,6 +42,8 @@ class Watch:
         self.total = total
         self._read = 0
         self._rest = ""
+        # What it says about its root, if that is an image.
+        self.heard: list[str] = []
 
     def check(self) -> None:
         """Raises UserError (status 1) if QEMU has ended, the guest has given up or time is up."""
@@ -100,6 +103,7 @@ class Watch:
         # The last line may be incomplete: kept for the next time.
         lines = (self._rest + data.decode("utf-8", "replace")).split("\n")
         self._rest = lines.pop()[-4096:]
+        self.heard += [said for line in lines if (said := heard(clean(line)))]
         for line in [*lines, self._rest]:
             for pattern, hint in _FATAL.items():
                 if pattern in line:

@@ -1,0 +1,117 @@
+"""Media: what is on them, that the same inputs are the same bytes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from hostos.errors import UserError
+from hostos.export import iso, medium, pxe, uki
+from hostos.export.medium import Medium
+from hostos.machine import os_image
+from hostos.machine.os_image import OsImage
+
+HASH = "ab" * 32
+PEER = "192.0.2.7:6881"
+
+
+@pytest.fixture
+def metal(tmp_path: Path) -> OsImage:
+    directory = tmp_path / "metal-x86_64"
+    directory.mkdir()
+    contents = {"bzImage": b"MZ" + bytes(70_000), "vmlinux": b"elf", "initrd.gz": bytes(200_000), "initrd.lz4": b"lz4!"}
+    for name, data in contents.items():
+        (directory / name).write_bytes(data)
+    facts = {
+        "kind": "hostos-os", "schema": 1, "profile": "metal", "arch": "x86_64", "kernel_version": "6.12.1",
+        "cmdline": "console=ttyS0 console=tty0 quiet", "min_memory_mib": 160, "mounts": ["disk", "9p", "root"],
+        "files": {name: {"size": len(data), "sha256": "0" * 64} for name, data in contents.items()},
+    }  # fmt: skip
+    (directory / "manifest.json").write_text(json.dumps(facts))
+    return os_image.load(directory)
+
+
+@pytest.fixture
+def made(metal: OsImage) -> Medium:
+    return medium.plan(metal, HASH, [PEER], keys=["ssh-ed25519 AAAA me"], hostname="box", append="mem=2G")
+
+
+def needs(*tools: str, files: tuple[Path, ...] = ()) -> None:
+    missing = [tool for tool in tools if not shutil.which(tool)] + [str(file) for file in files if not file.exists()]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)} (./bootstrap installs them)")
+
+
+def test_the_command_line_says_everything(made: Medium) -> None:
+    words = made.command_line.split()
+    assert words[:2] == ["console=ttyS0", "console=tty0"]
+    for word in ("rdinit=/usr/lib/hostos/root", f"hostos.root={HASH}", f"hostos.peer={PEER}", "hostos.hostname=box"):
+        assert word in words
+    assert words[-1] == "mem=2G"
+
+
+@pytest.mark.parametrize(
+    ("peers", "said"),
+    [
+        ([], "somebody to ask"),
+        (["127.0.0.1:6881"], "loopback"),
+        ([f"192.0.2.7:{1000 + n}" for n in range(99)], "bytes"),
+    ],
+)
+def test_a_medium_nobody_could_use_is_refused(metal: OsImage, peers: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        medium.plan(metal, HASH, peers)
+
+
+def test_one_program_holds_kernel_initrd_and_command_line(made: Medium, tmp_path: Path) -> None:
+    needs("objcopy", "objdump", files=(uki.STUB,))
+    uki.write(made, tmp_path / "one.efi")
+    for name, content in ((".cmdline", made.command_line.encode()), (".linux", made.kernel.read_bytes()),
+                          (".initrd", made.initrd.read_bytes())):  # fmt: skip
+        part = tmp_path / "part"
+        subprocess.run(["objcopy", "-O", "binary", f"--only-section={name}", tmp_path / "one.efi", part], check=True)
+        # Sections are filled up to the file's alignment.
+        assert part.read_bytes().rstrip(b"\0") == content.rstrip(b"\0"), name
+    data = (tmp_path / "one.efi").read_bytes()
+    (header,) = struct.unpack_from("<I", data, 0x3C)
+    assert struct.unpack_from("<I", data, header + 8) == (0,)
+
+
+def test_a_disc_has_both_ways_to_boot_and_is_the_same_twice(made: Medium, tmp_path: Path) -> None:
+    needs("xorriso", "mcopy", "grub-mkimage", "objcopy", files=(uki.STUB, iso.GRUB / "boot_hybrid.img"))
+    iso.write(made, tmp_path / "one.iso")
+    # Every format on it keeps times, of seconds at best.
+    time.sleep(2.1)
+    iso.write(made, tmp_path / "two.iso")
+    assert (tmp_path / "one.iso").read_bytes() == (tmp_path / "two.iso").read_bytes()
+    shown = subprocess.run(
+        ["xorriso", "-indev", tmp_path / "one.iso", "-report_el_torito", "plain", "-report_system_area", "plain"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "BIOS" in shown
+    assert "UEFI" in shown
+    assert "grub2-mbr" in shown
+    assert "GPT" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metal-x86_64", "one.iso", "two.iso"]
+
+
+def test_a_boot_server_gets_what_it_serves(made: Medium, tmp_path: Path) -> None:
+    pxe.write(made, tmp_path / "tftp")
+    assert (tmp_path / "tftp/bzImage").read_bytes() == made.kernel.read_bytes()
+    assert made.command_line in (tmp_path / "tftp/hostos.ipxe").read_text()
+    assert f" APPEND {made.command_line}\n" in (tmp_path / "tftp/pxelinux.cfg/default").read_text()
+    with pytest.raises(UserError, match="not empty"):
+        pxe.write(made, tmp_path / "tftp")
+
+
+def test_words_reach_the_kernel_as_they_are(made: Medium) -> None:
+    config = iso.grub_config(Medium(made.kernel, made.initrd, 'a=$b c="d;e"', "x"))
+    assert """linux /boot/bzImage 'a=$b' 'c="d;e"'\n""" in config
+    with pytest.raises(UserError):
+        iso.grub_config(Medium(made.kernel, made.initrd, "it's", "x"))

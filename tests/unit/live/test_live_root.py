@@ -1,0 +1,132 @@
+"""What the kernel command line asks for, and what an image is given to become a machine's system."""
+
+import pytest
+
+from hostos.errors import UserError
+from hostos.live import root_files
+from hostos.live.inside import Inside
+from hostos.live.root import DEADLINE, parse
+
+HASH = "ab" * 32
+
+
+def test_the_command_line_names_image_peers_and_how():
+    found = parse(f"quiet hostos.root={HASH} hostos.peer=10.0.2.2:6881 hostos.persist=1 hostos.deadline=7\n")
+    assert (found.image, found.peers, found.persist, found.deadline) == (HASH, ("10.0.2.2:6881",), True, 7.0)
+    assert not found.rest.fetch
+
+
+def test_what_the_launcher_brought_is_added():
+    found = parse(f"hostos.root={HASH} hostos.peer=192.0.2.1:1", ["hostos.peer=10.0.2.2:2", "hostos.peer=192.0.2.1:1"])
+    assert found.peers == ("192.0.2.1:1", "10.0.2.2:2")
+    assert (found.persist, found.deadline) == (False, DEADLINE)
+
+
+def test_what_follows_two_dashes_is_for_the_init():
+    assert parse(f"hostos.root={HASH} -- hostos.persist=1").persist is False
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "quiet",
+        "hostos.root=xyz",
+        "hostos.root=" + "0" * 40,
+        f"hostos.root={HASH} hostos.peer=nowhere",
+        f"hostos.root={HASH} hostos.deadline=soon",
+        f"hostos.root={HASH} hostos.complete=maybe",
+    ],
+)
+def test_what_makes_no_sense_is_refused(line):
+    with pytest.raises(UserError):
+        parse(line)
+
+
+@pytest.fixture
+def image(tmp_path):
+    """A root like Debian's, with absolute links, which must not lead out of it."""
+    root = tmp_path / "image"
+    for name in ("usr/sbin", "usr/lib/systemd", "etc/ssh", "root", "run", "tmp"):
+        (root / name).mkdir(parents=True)
+    (root / "sbin").symlink_to("/usr/sbin")
+    (root / "usr/lib/systemd/systemd").write_text("init")
+    (root / "usr/lib/systemd/systemd").chmod(0o755)
+    (root / "usr/sbin/init").symlink_to("/usr/lib/systemd/systemd")
+    (root / "etc/hosts").write_text("127.0.0.1 localhost\n127.0.1.1 builder\n")
+    (root / "etc/ssh/ssh_host_rsa_key").write_text("known to all")
+    (root / "etc/resolv.conf").symlink_to("/run/builder/resolv.conf")
+    return root
+
+
+@pytest.fixture
+def here(tmp_path):
+    """The initial file system of the machine."""
+    place = tmp_path / "here"
+    (place / "etc/hostos/instance").mkdir(parents=True)
+    (place / "root/.ssh").mkdir(parents=True)
+    (place / "etc/hostname").write_text("web\n")
+    (place / "etc/hostos/instance/ssh_host_ed25519_key").write_text("private")
+    (place / "etc/hostos/instance/ssh_host_ed25519_key.pub").write_text("ssh-ed25519 AAAA host\n")
+    (place / "root/.ssh/authorized_keys").write_text("ssh-ed25519 AAAA control\n")
+    return place
+
+
+def test_links_are_followed_as_the_image_would(image):
+    outside = image.parent / "outside"
+    outside.mkdir()
+    (image / "srv").symlink_to(outside)
+    (image / "up").symlink_to("../../..")
+    with Inside(image) as root:
+        assert root.program("etc/init", "sbin/init") == "sbin/init"
+        assert root.program("etc/hosts", "usr/lib/systemd") == ""
+        assert root.target("etc/resolv.conf") == "/run/builder/resolv.conf"
+        assert root.target("etc/hosts") == ""
+        root.write("up/etc/found", "here")
+        with pytest.raises(FileExistsError):  # a link to nowhere, in there
+            root.write("srv/x", "")
+    assert (image / "etc/found").read_text() == "here"
+    assert list(outside.iterdir()) == []
+
+
+def test_an_image_gets_a_name_keys_and_an_identity(image, here):
+    with Inside(image) as root:
+        root_files.identify(root, here)
+    assert (image / "etc/hostname").read_text() == "web\n"
+    assert (image / "etc/hosts").read_text() == "127.0.0.1 localhost\n127.0.1.1 web\n"
+    key = image / "etc/ssh/ssh_host_ed25519_key"
+    assert (key.read_text(), key.stat().st_mode & 0o777) == ("private", 0o600)
+    assert not (image / "etc/ssh/ssh_host_rsa_key").exists()
+    authorized = image / "root/.ssh/authorized_keys"
+    assert authorized.read_text() == "ssh-ed25519 AAAA control\n"
+    assert (authorized.stat().st_mode & 0o777, authorized.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    machine = (image / "etc/machine-id").read_text()
+    assert len(machine) == 33
+    assert int(machine, 16)
+
+
+def test_a_second_start_over_kept_changes_adds_nothing_twice(image, here):
+    with Inside(image) as root:
+        root_files.identify(root, here, kept=True)
+        before = {path: path.read_bytes() for path in image.rglob("*") if path.is_file()}
+        root_files.identify(root, here, kept=True)
+    assert {path: path.read_bytes() for path in image.rglob("*") if path.is_file()} == before
+    assert (image / "etc/ssh/ssh_host_rsa_key").exists()
+
+
+def test_every_manager_of_networks_is_told(image):
+    with Inside(image) as root:
+        root_files.keep_network(root, "eth0", ["10.0.2.3"])
+    text = (image / "run/systemd/network/00-hostos.network").read_text()
+    assert "Name=eth0" in text
+    assert "KeepConfiguration=yes" in text
+    assert "managed=0" in (image / "run/NetworkManager/conf.d/00-hostos.conf").read_text()
+    assert (image / "run/network/ifstate").read_text() == "eth0=eth0\n"
+    assert str((image / "etc/resolv.conf").readlink()) == "/run/hostos/resolv.conf"
+
+
+def test_a_resolver_of_the_image_keeps_its_own_file(image):
+    (image / "etc/resolv.conf").unlink()
+    (image / "etc/resolv.conf").symlink_to("../run/systemd/resolve/stub-resolv.conf")
+    with Inside(image) as root:
+        root_files.keep_network(root, "eth0", ["10.0.2.3"])
+    assert "stub" in str((image / "etc/resolv.conf").readlink())
