@@ -25,10 +25,10 @@ sys.exit(not compileall.compile_dir(sys.argv[1], ddir="/" + sys.argv[2], quiet=1
 def compile_modules(tree: Tree, interpreter: Sequence[Path]) -> None:
     """Replace every `.py` module in `tree` by its byte code (`module.pyc` beside where it was).
 
-    `interpreter`: .deb files with the guest's Python *for this machine's architecture*; it is
-    unpacked and run by its own dynamic linker, so nothing needs root and no foreign binary runs.
-    The byte code depends on the sources alone. Raises `UserError` (status 1) when a module does not
-    compile.
+    `interpreter`: .deb files with the guest's Python *for this machine's architecture* (`Lock.python_for`);
+    it is unpacked and run by its own dynamic linker, so nothing needs root and no foreign binary runs.
+    The byte code depends on the sources alone, not on the architecture. Raises `UserError` (status 1)
+    when a module does not compile.
     """
     with tempfile.TemporaryDirectory(prefix="hostos-python-") as scratch:
         root = Path(scratch) / "root"

@@ -2,46 +2,63 @@
 
 `configs/locks/<profile>-<arch>.json` pins version and SHA-256 of every package, so the same
 checkout gives the same bytes on another machine and another day, as long as a mirror has them.
+
+A build never runs a foreign binary. The one program of the guest that it does run, the Python that
+compiles the guest's modules (bytecode.py), is therefore locked a second time: as it is for machines of
+the other architecture.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hostos.build import cache
 from hostos.build import profile as profiles
 from hostos.build.debian_archive import Archive, Gone, Package
-from hostos.build.profile import Profile
+from hostos.build.profile import ARCHES, Profile
 from hostos.errors import UserError
 from hostos.steps import Step, Steps
 
 SCHEMA = 1
+# What compiles the guest's Python modules; any of them that is not locked is not needed.
+INTERPRETER = ("python3.13-minimal", "libpython3.13-minimal", "libpython3.13-stdlib", "libc6", "zlib1g", "libexpat1")
 
 
 @dataclass(frozen=True)
 class Lock:
     """`requested`: what was asked for; `root`: those packages and their dependencies; `kernel`: the
-    package with the kernel source."""
+    package with the kernel source; `interpreter`: the packages of `INTERPRETER`, in the guest's
+    version, for each architecture but the guest's."""
 
     suite: str
     requested: tuple[str, ...]
     root: tuple[Package, ...]
     kernel: Package
+    interpreter: Mapping[str, tuple[Package, ...]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
 
+    def python_for(self, machine: str) -> tuple[Package, ...]:
+        """The guest's Python as packages that a `machine` (an architecture) can run; () if there is none."""
+        if machine in self.interpreter:
+            return self.interpreter[machine]
+        return tuple(package for package in self.root if package.name in INTERPRETER)
+
 
 @dataclass(frozen=True)
 class Locked:
-    """A lock with its packages on this machine, `files` in the order of `lock.root`."""
+    """A lock with its packages on this machine, `files` in the order of `lock.root`; `interpreter`:
+    those of the guest's Python that run here."""
 
     lock: Lock
     files: tuple[Path, ...]
     kernel_source: Path
+    interpreter: tuple[Path, ...] = ()
 
 
 def lock_file(profile: Profile) -> Path:
@@ -63,6 +80,10 @@ def read(path: Path) -> Lock:
             requested=tuple(values["requested"]),
             root=tuple(Package(**each) for each in values["root"]),
             kernel=Package(**values["kernel"]),
+            interpreter={
+                arch: tuple(Package(**each) for each in packages)
+                for arch, packages in values.get("interpreter", {}).items()
+            },
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no lock file of this hostos: {error}", "renew it: invoke build --update") from None
@@ -95,12 +116,31 @@ def obtain(profile: Profile, steps: Steps, *, update: bool = False, locked: bool
         with cache.alone("packages", step):
             archive.update(step)
             kernel = next(each for each in archive.resolve([kernel_name]) if each.name == kernel_name)
-            lock = Lock(archive.suite, requested, tuple(archive.resolve(requested)), kernel)
+            root = tuple(archive.resolve(requested))
+            lock = Lock(archive.suite, requested, root, kernel, _interpreters(profile, root, step))
         obtained = _fetch(lock, archive, step)
         path.parent.mkdir(exist_ok=True)
         path.write_text(lock.to_json(), encoding="utf-8")
         steps.note(f"locked {len(lock.root) + 1} packages in {path}")
         return obtained
+
+
+def _interpreters(profile: Profile, root: Sequence[Package], step: Step) -> dict[str, tuple[Package, ...]]:
+    """The guest's Python for machines of other architectures."""
+    names = [package.name for package in root if package.name in INTERPRETER]
+    if not names or not _has_python(profile):
+        return {}
+    found = {}
+    for arch in ARCHES:
+        if arch != profile.arch:
+            archive = Archive(profile.debian["suite"], arch)
+            archive.update(step)
+            found[arch] = tuple(each for each in archive.resolve(names) if each.name in names)
+    return found
+
+
+def _has_python(profile: Profile) -> bool:
+    return any(feature.debian.python for feature in profile.features)
 
 
 def _misfit(lock: Lock, profile: Profile) -> str | None:
@@ -111,13 +151,17 @@ def _misfit(lock: Lock, profile: Profile) -> str | None:
     if lock.requested != requested_packages(profile):
         changed = sorted(set(lock.requested) ^ set(requested_packages(profile)))
         return f"the features' packages have changed ({', '.join(changed)})"
+    machine = platform.machine()
+    if _has_python(profile) and machine != profile.arch and machine not in lock.interpreter:
+        return f"locked without a Python that runs on {machine}"
     return None
 
 
 def _fetch(lock: Lock, archive: Archive, step: Step) -> Locked:
     *files, kernel = archive.fetch([*lock.root, lock.kernel], step)
+    interpreter = lock.python_for(platform.machine())
     step.detail = f"{len(files) + 1} packages, {lock.suite}"
-    return Locked(lock, tuple(files), kernel)
+    return Locked(lock, tuple(files), kernel, tuple(archive.fetch(interpreter, step)))
 
 
 def provides(lock: Lock, names: Sequence[str]) -> list[Package]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +44,11 @@ def build(profile: Profile, engine: Engine, steps: Steps, dist: Path) -> Os:
 
     Raises `UserError` for anything foreseeable; `dist` is then as it was.
     """
+    if platform.system() != "Linux":
+        raise UserError(
+            "the OS is built on Linux: with Debian's tools, and in a file system that tells a from A",
+            "build it in a machine (hostos's own or Vagrant's), or fetch one: docs/macos.md",
+        )
     _check_writable(dist)
     built = engine.build(profile, steps)
     with steps.step("initrd") as step:
@@ -62,7 +69,7 @@ def build(profile: Profile, engine: Engine, steps: Steps, dist: Path) -> Os:
             packed = cache.find("initrd", key)
             assert packed is not None
     with steps.step("dist") as step:
-        result_os = _write_dist(profile, engine.name, built, packed, dist)
+        result_os = _write_dist(profile, engine.name, built, packed, dist, reseeds="usr/bin/socat" in tree)
         step.detail = _sizes(result_os.manifest)
     return result_os
 
@@ -77,24 +84,25 @@ def _client(built: Built, profile: Profile) -> list[Entry]:
     return list(client.entries.values())
 
 
-def _write_dist(profile: Profile, engine: str, built: Built, packed: Path, dist: Path) -> Os:
+def _write_dist(profile: Profile, engine: str, built: Built, packed: Path, dist: Path, *, reseeds: bool) -> Os:
     dist.mkdir(parents=True, exist_ok=True)
     target = dist / profile.target
     partial = dist / f".{profile.target}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        image = IMAGE[profile.arch]
-        sources = {
-            image: built.image,
-            "vmlinux": built.vmlinux,
-            "initrd.gz": packed / "initrd.gz",
-            "initrd.lz4": packed / "initrd.lz4",
-        }
-        files = {}
-        for name, source in sources.items():
+        for name, source in (
+            *kernel_files(profile.arch, built),
+            ("initrd.gz", packed / "initrd.gz"),
+            ("initrd.lz4", packed / "initrd.lz4"),
+        ):
             shutil.copyfile(source, partial / name)
-            files[name] = {"size": source.stat().st_size, "sha256": cache.file_digest(source)}
+        if profile.arch == "aarch64":
+            _gzip(partial / "Image", partial / "Image.gz")
+        files = {
+            path.name: {"size": path.stat().st_size, "sha256": cache.file_digest(path)}
+            for path in sorted(partial.iterdir())
+        }
         (partial / "config").mkdir()
         for name, text in built.configs.items():
             (partial / "config" / name).write_text(text)
@@ -108,8 +116,9 @@ def _write_dist(profile: Profile, engine: str, built: Built, packed: Path, dist:
             "engine": engine,
             "kernel_version": built.kernel_version,
             "cmdline": profile.cmdline,
-            # What the guest says on its port "hostos.agent" (overlay/usr/lib/hostos/dhcp-lease, identity).
-            "announces": ["network", "identity"],
+            # What the guest says on its port "hostos.agent" (overlay/usr/lib/hostos/dhcp-lease, identity);
+            # "reseed": a clone renews its random numbers with or without a generation ID (socat does it).
+            "announces": ["network", "identity", *(["reseed"] if reseeds else [])],
             # What it mounts: devices of the machine (overlay/usr/lib/hostos/devices), an image as its root (…/root).
             "mounts": ["disk", "9p", *(["root"] if any(each.name == "live" for each in profile.features) else [])],
             "files": files,
@@ -125,6 +134,20 @@ def _write_dist(profile: Profile, engine: str, built: Built, packed: Path, dist:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Os(target, manifest)
+
+
+def kernel_files(arch: str, built: Built) -> list[tuple[str, Path]]:
+    """What hypervisors boot. On x86_64 also the plain ELF, which QEMU starts by PVH: the guest need not
+    unpack it. An arm64 Image is not compressed in the first place, and as an ELF QEMU would start it
+    without a device tree."""
+    image = (IMAGE[arch], built.image)
+    return [image, ("vmlinux", built.vmlinux)] if arch == "x86_64" else [image]
+
+
+def _gzip(path: Path, compressed: Path) -> None:
+    """The form to download, which QEMU and boot loaders take, too; no name and no time in the header."""
+    with path.open("rb") as source, compressed.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as sink:
+        shutil.copyfileobj(source, sink)
 
 
 def min_memory_mib(unpacked: int) -> int:
@@ -162,5 +185,5 @@ def _check_writable(dist: Path) -> None:
 
 def _sizes(manifest: Mapping[str, Any]) -> str:
     files = manifest["files"]
-    image = IMAGE[manifest["arch"]]
-    return ", ".join(f"{name} {files[name]['size'] / 1e6:.1f} MB" for name in (image, "initrd.gz"))
+    shown = [name for name in ("bzImage", "Image", "Image.gz", "initrd.gz") if name in files]
+    return ", ".join(f"{name} {files[name]['size'] / 1e6:.1f} MB" for name in shown)

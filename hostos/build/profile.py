@@ -21,6 +21,9 @@ SCHEMA = 1
 ARCHES = ("x86_64", "aarch64")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
+# The serial console of each: a 16550 (PC) and a PL011 (QEMU's and other hypervisors' "virt" machines).
+CONSOLES = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
+
 Value = bool | int | str
 
 
@@ -113,7 +116,7 @@ def load_profile(name: str, arch: str, configs: Path = CONFIGS) -> Profile:
         arch=arch,
         description=table.string("description"),
         features=features,
-        cmdline=table.string("cmdline"),
+        cmdline=f"console={CONSOLES[arch]} {table.string('cmdline')}".rstrip(),
         debian=table.string_table("debian"),
         buildroot=table.string_table("buildroot"),
         file=file,

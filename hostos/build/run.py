@@ -17,6 +17,8 @@ TAIL_LINES = 15
 
 # Debian package that has a tool, for the hint.
 PACKAGES = {
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
+    "aarch64-linux-gnu-ld": "binutils-aarch64-linux-gnu",
     "apt-get": "apt",
     "apt-cache": "apt",
     "bc": "bc",
@@ -39,6 +41,8 @@ PACKAGES = {
     "perl": "perl",
     "python3.13": "python3.13-minimal",
     "tar": "tar",
+    "x86_64-linux-gnu-gcc": "gcc-x86-64-linux-gnu",
+    "x86_64-linux-gnu-ld": "binutils-x86-64-linux-gnu",
     "xorriso": "xorriso",
     "xz": "xz-utils",
     "zstd": "zstd",

@@ -4,13 +4,13 @@ kernel source. No maintainer script runs, nothing needs root."""
 from __future__ import annotations
 
 import pickle
+import platform
 import re
 import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import translate
-from pathlib import Path
 from posixpath import basename, dirname
 
 from hostos.build import bytecode, cache, elf, kernel, lock
@@ -19,6 +19,7 @@ from hostos.build.engines import Built, Component
 from hostos.build.lock import Locked
 from hostos.build.profile import Profile
 from hostos.build.render import linux_config
+from hostos.build.run import require
 from hostos.build.tree import Tree
 from hostos.cpio import Entry
 from hostos.steps import Step, Steps
@@ -26,8 +27,6 @@ from hostos.steps import Step, Steps
 PROGRAM_DIRECTORIES = ("usr/bin", "usr/sbin")
 UNITS = "usr/lib/systemd/system"
 HELPERS = "usr/lib/systemd"
-# What compiles the guest's Python modules; any of them that is not locked is not needed.
-INTERPRETER = ("python3.13-minimal", "libpython3.13-minimal", "libpython3.13-stdlib", "libc6", "zlib1g", "libexpat1")
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class DebianEngine:
     name: str = "debian"
 
     def build(self, profile: Profile, steps: Steps) -> Built:
+        require_compiler(profile.arch)
         obtained = lock.obtain(profile, steps, update=self.update, locked=self.locked)
         with steps.step("kernel") as step:
             compiled = kernel.build(profile, obtained.kernel_source, step)
@@ -62,7 +62,7 @@ class DebianEngine:
                 "linux.config": compiled.config.read_text(),
                 "packages.lock.json": obtained.lock.to_json(),
             },
-            compile_python=lambda client: bytecode.compile_modules(client, interpreter_packages(obtained)),
+            compile_python=lambda client: bytecode.compile_modules(client, obtained.interpreter),
             provenance={"suite": obtained.lock.suite, "compiler": kernel.compiler_version(profile.arch)},
         )
 
@@ -99,7 +99,7 @@ def root_tree(profile: Profile, obtained: Locked, step: Step) -> Tree:
     _tidy(tree)
     if any(feature.debian.python for feature in profile.features):
         step.progress("Python byte code")
-        bytecode.compile_modules(tree, interpreter_packages(obtained))
+        bytecode.compile_modules(tree, obtained.interpreter)
     step.progress("libraries")
     kept = [name for feature in profile.features for name in feature.debian.libraries]
     for path in elf.unneeded_libraries(tree, kept):
@@ -110,10 +110,11 @@ def root_tree(profile: Profile, obtained: Locked, step: Step) -> Tree:
     return tree
 
 
-def interpreter_packages(obtained: Locked) -> list[Path]:
-    """The guest's Python as packages this machine can run (bytecode.py)."""
-    files = dict(zip((package.name for package in obtained.lock.root), obtained.files, strict=True))
-    return [files[name] for name in INTERPRETER if name in files]
+def require_compiler(arch: str) -> None:
+    """Raises `UserError` naming the packages of what compiles a kernel for `arch`, before minutes are spent
+    on anything else."""
+    prefix = "" if platform.machine() == arch else kernel.CROSS[arch]
+    require("make", "gcc", f"{prefix}gcc", f"{prefix}ld")
 
 
 def _skipped(profile: Profile) -> set[str]:
