@@ -87,6 +87,13 @@ KEYS = {
             choices=("auto", "cold"),
         ),
         Key("machine.keys", "list", None, "SSH public key files to let in; else a pair of hostos's own"),
+        Key(
+            "machine.arch",
+            "text",
+            None,
+            "architecture of guests without machine.os; else this host's",
+            choices=("x86_64", "aarch64"),
+        ),
         Key("machine.os", "text", None, "directory of the OS build; else ./dist, then the data directory"),
         Key("timeouts.scale", "number", 1.0, "stretches all timeouts but timeouts.start", 0.01, 1000),
         Key("timeouts.start", "number", None, "for a whole start, seconds; else only each stage has one", 0.1, 86400),

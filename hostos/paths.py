@@ -58,7 +58,11 @@ def runtime_dir() -> Path:
     # 40 bytes are left for "/<machine>/<socket>".
     if len(os.fsencode(path)) > SOCKET_PATH_LIMIT - 40:
         digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
-        path = Path(tempfile.gettempdir()) / f"hostos-{os.getuid()}-{digest}"
+        name = f"hostos-{os.getuid()}-{digest}"
+        path = Path(tempfile.gettempdir()) / name
+        if len(os.fsencode(path)) > SOCKET_PATH_LIMIT - 40:
+            # macOS's temporary directory alone takes 48 bytes.
+            path = Path("/tmp") / name
     return path
 
 

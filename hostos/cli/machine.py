@@ -32,6 +32,7 @@ _PASSED_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": Fa
 @click.option("--memory", type=int, metavar="MIB", help="Memory of the guest.  [default: 1024]")
 @click.option("--cpus", type=int, metavar="N", help="CPUs of the guest.  [default: 2]")
 @click.option("--os", "os_dir", metavar="DIR", help="OS build.  [default: ./dist, then the data directory]")
+@click.option("--arch", metavar="ARCH", help="x86_64 or aarch64: which OS build to take.  [default: this host's]")
 @click.option("--kernel", metavar="FILE", help="Boot this kernel instead, of another maker.")
 @click.option("--initrd", metavar="FILE", help="With --kernel: its initrd.")
 @click.option("--append", metavar="WORDS", help="More words for the kernel's command line.")
@@ -63,6 +64,7 @@ def up(
     memory: int | None,
     cpus: int | None,
     os_dir: str | None,
+    arch: str | None,
     kernel: str | None,
     initrd: str | None,
     append: str | None,
@@ -97,6 +99,7 @@ def up(
     from hostos.machine.disk import normalise
     from hostos.machine.keys import read_public_keys
     from hostos.machine.network import parse_publish
+    from hostos.machine.os_image import canonical
     from hostos.machine.qemu import shell_text
     from hostos.machine.share import parse_share
 
@@ -106,6 +109,7 @@ def up(
         memory_mib=memory,
         cpus=cpus,
         os=Path(os_dir).expanduser().absolute() if os_dir else None,
+        arch=canonical(arch) if arch else None,
         kernel=Path(kernel).expanduser().absolute() if kernel else None,
         initrd=Path(initrd).expanduser().absolute() if initrd else None,
         append=append,
@@ -263,6 +267,7 @@ def status(machine: str, as_json: bool) -> None:
     for name in (
         "uptime_seconds",
         "hostname",
+        "architecture",
         "accelerator",
         "cpus",
         "memory_mib",
@@ -357,6 +362,7 @@ def _description_of_run(instance: Instance, started: Run) -> dict[str, Any]:
         "pid": started.pid,
         "uptime_seconds": round(process.age_seconds(), 1) if process else 0.0,
         "hostname": started.hostname,
+        "architecture": started.architecture,
         "accelerator": started.accelerator,
         "accelerator_reason": started.accelerator_reason,
         "cpus": started.cpus,

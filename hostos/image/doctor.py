@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hostos.errors import UserError
 from hostos.findings import Finding, ok, warning
+from hostos.hostsystem import install
 
 FUSE = Path("/dev/fuse")
 
@@ -26,7 +27,7 @@ def check_packing() -> Iterator[Finding]:
     missing = {tool: package for tool, package in missing.items() if not shutil.which(tool)}
     if missing:
         says = f"{', '.join(missing)} not found: no hostos image publish (booting images works)"
-        yield warning("packing", says, f"sudo apt-get install {' '.join(missing.values())}")
+        yield warning("packing", says, install(*missing.values()))
     else:
         yield ok("packing", "tar2sqfs and unsquashfs are there")
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from hostos.errors import UserError, failure
+from hostos.hostsystem import install
 from hostos.image import squashfs
 from hostos.image.architecture import ARCHITECTURES, HEADER, elf_machine, likely_programs
 from hostos.image.entries import Entry, arrange
@@ -150,7 +151,7 @@ def _take(source: Path, target: Path, steps: Steps, architecture: str | None) ->
 
 def _feed(entries: list[Entry], target: Path, total: int, step: Step, order: Mapping[bytes, int]) -> None:
     if not shutil.which("tar2sqfs"):
-        raise UserError("tar2sqfs is needed to pack an image", "sudo apt-get install squashfs-tools-ng")
+        raise UserError("tar2sqfs is needed to pack an image", install("squashfs-tools-ng"))
     command = ["tar2sqfs", "--quiet", "--force", "--no-skip", "--no-tail-packing"]
     command += ["--compressor", "zstd", "--comp-extra", f"level={LEVEL}", "--block-size", str(BLOCK_SIZE)]
     command += ["--num-jobs", str(os.cpu_count() or 1), str(target)]

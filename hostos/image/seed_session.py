@@ -11,6 +11,7 @@ import psutil
 
 from hostos import __version__
 from hostos.errors import UserError
+from hostos.hostsystem import who_listens
 from hostos.live.swarm_settings import SwarmSettings, limit_everyone
 
 LISTEN_DEADLINE = 5.0
@@ -80,7 +81,7 @@ class Door:
                 self.session.apply_settings({"listen_interfaces": self._interfaces(*self.hosts)})
                 self.guests.discard(guest)
                 self._turn_away_others()
-                raise UserError(f"the seed can't listen on {host}:{self.port}", "is that port taken? ss -ltnp")
+                raise UserError(f"the seed can't listen on {host}:{self.port}", f"is that port taken? {who_listens()}")
             time.sleep(0.02)
         self.hosts.append(host)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostos.errors import UserError
+from hostos.hostsystem import install
 from hostos.image.architecture import HEADER, elf_machine, likely_programs
 
 MAGIC = b"hsqs"
@@ -96,7 +97,7 @@ def architecture(path: Path) -> str | None:
 def _unsquashfs(path: Path, arguments: list[str], limit: int | None = None) -> bytes:
     """Output of unsquashfs; with `limit` only its beginning. Raises UserError if it fails."""
     if not shutil.which("unsquashfs"):
-        raise UserError("unsquashfs is needed to look into a squashfs file", "sudo apt-get install squashfs-tools")
+        raise UserError("unsquashfs is needed to look into a squashfs file", install("squashfs-tools"))
     command = ["unsquashfs", "-processors", "1", *arguments]
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -23,6 +23,7 @@ def up_options() -> UpOptions:
         memory_mib=settings.get("machine.memory"),
         cpus=settings.get("machine.cpus"),
         os=config.expand(os_directory) if os_directory else None,
+        arch=settings.get("machine.arch"),
         accel=settings.get("machine.accel"),
     )
 

@@ -90,7 +90,7 @@ def check_qemu(binary: Path, arch: str) -> Iterator[Finding]:
     without = {
         name: what
         for name, what in OPTIONAL_DEVICES.items()
-        if name not in devices and not (name == "vmgenid" and arch != "x86_64")
+        if name not in devices and not (name == "vmgenid" and not qemu.has_generation_id(arch))
     }
     if without:
         lost = "; ".join(f"{what} (no {name})" for name, what in without.items())

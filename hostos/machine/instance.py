@@ -21,6 +21,7 @@ from hostos.machine import lock
 from hostos.machine.files import Unreadable, read_json, write_json
 from hostos.machine.names import check_machine_name
 from hostos.machine.network import GUEST_ADDRESS, HOST_FROM_GUEST, LOOPBACK, Forward
+from hostos.machine.os_image import host_arch
 from hostos.paths import private_dir, runtime_dir, state_dir
 
 if TYPE_CHECKING:
@@ -81,6 +82,12 @@ class Run:
     # The image that is its root, and whether its changes are kept.
     root: str = ""
     persist: bool = False
+    arch: str = ""
+
+    @property
+    def architecture(self) -> str:
+        """The guest's; what older versions started was of the host's."""
+        return self.arch or host_arch()
 
     @property
     def forwards(self) -> tuple[Forward, ...]:

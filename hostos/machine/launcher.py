@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 from hostos.errors import UserError, failure
+from hostos.hostsystem import who_listens
 from hostos.machine import accel, configured, qemu, root, start, stop, suspend, template
 from hostos.machine.clone import CloneFailed
 from hostos.machine.files import Unreadable, write_json
@@ -14,7 +15,7 @@ from hostos.machine.guard import at_work, file_faults, unwinding_on_signals
 from hostos.machine.identity import existing_user_key, user_key_pair
 from hostos.machine.instance import Instance, Run
 from hostos.machine.options import UpOptions
-from hostos.machine.plan import Memory, Plan, choose_ports, forwards, make_plan, remembered_options
+from hostos.machine.plan import Memory, Plan, choose_os, choose_ports, forwards, make_plan, remembered_options
 from hostos.machine.readiness import AcceleratorFailed
 from hostos.machine.stop import Stopped
 from hostos.machine.template import Template
@@ -65,6 +66,18 @@ def ensure_up(name: str, steps: Steps, options: UpOptions | None = None) -> Inst
             steps.note(f"machine {name!r} is not running: starting it")
             start_or_resume(instance, options or UpOptions(), steps)
     return instance
+
+
+def architecture(name: str) -> str:
+    """The architecture of machine `name`, or the one `up` would start it with now. Raises UserError."""
+    instance = Instance.named(name)
+    options = UpOptions()
+    if instance.exists():
+        if instance.state()[0] == "running":
+            return instance.require_run().architecture
+        with contextlib.suppress(Unreadable):
+            options = remembered_options(instance)
+    return choose_os(options.over(configured.up_options()))[0].arch
 
 
 def dry_run(name: str, options: UpOptions, steps: Steps) -> list[str]:
@@ -220,7 +233,8 @@ def _persist(instance: Instance, plan: Plan, origin: Template | None, steps: Ste
                 raise UserError(f"port {taken.port}/{taken.protocol} is taken", "publish another") from taken
             ports_tried += 1
             if ports_tried >= _PORT_ATTEMPTS:
-                raise failure(f"{taken}, {ports_tried} times in a row", "see who takes them: ss -ltnup") from taken
+                hint = f"see who takes them: {who_listens()}"
+                raise failure(f"{taken}, {ports_tried} times in a row", hint) from taken
             steps.note(f"{taken}: choosing another")
             ssh_port, swarm_port = choose_ports(plan.options.publish or (), Memory())
             publish = plan.options.publish or ()

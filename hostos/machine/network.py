@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from hostos.errors import UserError
+from hostos.hostsystem import who_listens
 
 LOOPBACK = "127.0.0.1"
 # QEMU's built-in network (slirp), its defaults.
@@ -29,6 +30,13 @@ Protocol = Literal["tcp", "udp"]
 Kind = Literal["user", "bridge", "tap", "vmnet"]
 # IFNAMSIZ with its NUL; what else Linux refuses in the name of an interface.
 _INTERFACE = re.compile(r"(?!\.{1,2}$)[^\s/:,=]{1,15}")
+# Where socket_vmnet (https://github.com/lima-vm/socket_vmnet) listens: Homebrew's on Apple silicon, on Intel,
+# and as installed from source.
+VMNET_DAEMONS = (
+    Path("/opt/homebrew/var/run/socket_vmnet"),
+    Path("/usr/local/var/run/socket_vmnet"),
+    Path("/var/run/socket_vmnet"),
+)
 _PUBLISH = re.compile(r"(?:([0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?")
 
 
@@ -62,12 +70,23 @@ def parse_net(text: str) -> Net:
     raise UserError(f"--net {text!r} is not understood", "user, bridge=NAME (e.g. bridge=virbr0), tap=NAME or vmnet")
 
 
-def check_vmnet() -> None:
-    """Raises UserError unless this is a macOS whose vmnet this process may use."""
+def check_vmnet() -> Path | None:
+    """The socket of the daemon that gives this process vmnet, None if it may use it itself, being root.
+
+    Raises UserError if this is no macOS, or neither is so.
+    """
     if platform.system() != "Darwin":
         raise UserError("vmnet is macOS's", "on Linux: --net bridge=NAME; anywhere: --net user")
-    if os.geteuid() != 0:
-        raise UserError("vmnet needs root (macOS gives it to nobody else without Apple's signature)", "use sudo")
+    if os.geteuid() == 0:
+        return None
+    daemon = next((path for path in VMNET_DAEMONS if os.access(path, os.R_OK | os.W_OK)), None)
+    if daemon is None:
+        raise UserError(
+            "vmnet needs root: macOS gives it to nobody else without Apple's signature",
+            "let a daemon have it (brew install socket_vmnet; sudo brew services start socket_vmnet), "
+            "or sudo hostos up, or --net user, which needs neither",
+        )
+    return daemon
 
 
 @dataclass(frozen=True)
@@ -135,7 +154,7 @@ def choose_port(*protocols: Protocol, preferred: int | None = None, but_not: fro
     for port in candidates:
         if port and port not in but_not and all(is_free(port, protocol) for protocol in protocols):
             return port
-    raise UserError("no free port was found on 127.0.0.1", "see who holds them: ss -ltnup")
+    raise UserError("no free port was found on 127.0.0.1", f"see who holds them: {who_listens()}")
 
 
 def _bind(port: int, protocol: Protocol, address: str) -> int | None:

@@ -15,7 +15,7 @@ from hostos.machine.disk import normalise
 from hostos.machine.files import Unreadable
 from hostos.machine.names import check_hostname
 from hostos.machine.network import Forward, Net, parse_net
-from hostos.machine.os_image import OsImage
+from hostos.machine.os_image import ARCHITECTURES, OsImage
 from hostos.machine.share import Share, parse_share
 
 DEFAULT_MEMORY_MIB = 1024
@@ -32,15 +32,17 @@ class UpOptions:
     """Options of `hostos up`; None means: as last time, else the default.
 
     `keys` are lines of authorized_keys, `os` an OS directory (or `kernel` and `initrd` files, of
-    another maker), `append` more words for the kernel, `root` the image that becomes the system (`peers`: who
-    has it; `persist`: its changes are kept). `timeout` (seconds, for the whole start) and
-    `warm` (insist on a start from a template, or refuse it) are not remembered.
+    another maker), `arch` the architecture for which one is looked for without them, `append` more
+    words for the kernel, `root` the image that becomes the system (`peers`: who has it; `persist`: its
+    changes are kept). `timeout` (seconds, for the whole start) and `warm` (insist on a start from a
+    template, or refuse it) are not remembered.
     """
 
     keys: tuple[str, ...] | None = None
     memory_mib: int | None = None
     cpus: int | None = None
     os: Path | None = None
+    arch: str | None = None
     accel: str | None = None
     hostname: str | None = None
     publish: tuple[Forward, ...] | None = None
@@ -77,9 +79,9 @@ class UpOptions:
         if self.root is not None and self.root != remembered.root:
             # Peers and changes belong to an image.
             remembered = replace(remembered, peers=None, persist=None)
-        if self.os is not None or self.kernel is not None:
+        if self.os is not None or self.kernel is not None or self.arch not in (None, remembered.arch):
             # What is booted is one choice.
-            remembered = replace(remembered, os=None, kernel=None, initrd=None, append=None)
+            remembered = replace(remembered, os=None, arch=None, kernel=None, initrd=None, append=None)
         given = {each.name: getattr(self, each.name) for each in fields(self)}
         return replace(remembered, **{name: value for name, value in given.items() if value is not None})
 
@@ -97,6 +99,7 @@ class UpOptions:
                 memory_mib=content.get("memory_mib"),
                 cpus=content.get("cpus"),
                 os=Path(content["os"]) if "os" in content else None,
+                arch=content.get("arch"),
                 accel=content.get("accel"),
                 hostname=content.get("hostname"),
                 publish=tuple(Forward(**each) for each in content["publish"]) if "publish" in content else None,
@@ -127,6 +130,8 @@ class UpOptions:
             check_hostname(self.hostname)
         if self.accel is not None and self.accel not in CHOICES:
             raise UserError(f"there is no accelerator {self.accel!r}", f"one of {', '.join(CHOICES)}")
+        if self.arch is not None and self.arch not in ARCHITECTURES:
+            raise UserError(f"there is no architecture {self.arch!r}", f"one of {', '.join(ARCHITECTURES)}")
         if self.kernel is not None and self.os is not None:
             raise UserError("--os and --kernel exclude each other", "leave one of them out")
         if self.initrd is not None and self.kernel is None:

@@ -16,6 +16,7 @@ from hostos.paths import data_dir
 MANIFEST = "manifest.json"
 KIND = "hostos-os"
 BUILD_HINT = "build it: invoke build (or name one: --os DIR)"
+ARCHITECTURES = ("x86_64", "aarch64")
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,13 @@ class OsImage:
     by_path: tuple[Path, Path] | None = None
 
     def kernel(self, accelerator: str) -> Path:
-        """What QEMU boots: under TCG the plain ELF (PVH), which spares the guest unpacking it."""
+        """What QEMU boots: under TCG the plain ELF of x86 (PVH), which spares the guest unpacking it."""
         if self.by_path:
             return self.by_path[0]
-        preferred = ("vmlinux", "bzImage", "Image") if accelerator == "tcg" else ("bzImage", "Image", "vmlinux")
+        if self.arch == "aarch64":
+            # An ELF gets no device tree from QEMU.
+            return self.directory / "Image"
+        preferred = ("vmlinux", "bzImage") if accelerator == "tcg" else ("bzImage", "vmlinux")
         return self.directory / next(name for name in preferred if name in self.files)
 
     def initrd(self) -> Path:
@@ -52,8 +56,13 @@ class OsImage:
 
 def host_arch() -> str:
     """The architecture of this machine, as OS builds name it."""
-    machine = platform.machine().lower()
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+    return canonical(platform.machine())
+
+
+def canonical(arch: str) -> str:
+    """An architecture as OS builds name it: macOS and Debian call them arm64 and amd64."""
+    arch = arch.lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(arch, arch)
 
 
 def find(explicit: Path | None, *, arch: str | None = None, cwd: Path | None = None) -> OsImage:
@@ -74,7 +83,8 @@ def find(explicit: Path | None, *, arch: str | None = None, cwd: Path | None = N
                 return load(named[0])
             names = ", ".join(str(path) for path in found)
             raise UserError(f"there are several OS builds: {names}", "choose one: --os DIR")
-    raise UserError(f"no OS build for {arch} in {dist} or {data_dir() / 'os'}", BUILD_HINT)
+    how = BUILD_HINT if arch == host_arch() else f"build it: invoke build --arch {arch} (or name one: --os DIR)"
+    raise UserError(f"no OS build for {arch} in {dist} or {data_dir() / 'os'}", how)
 
 
 def load(directory: Path) -> OsImage:
@@ -113,7 +123,8 @@ def _parse(directory: Path, manifest: dict[str, Any]) -> OsImage:
     for name, facts in files.items():
         if not re.fullmatch(r"\w[\w.-]*", name) or type(facts["size"]) is not int:
             raise ValueError(f"file {name!r}")
-    if not {"bzImage", "Image", "vmlinux"} & files.keys() or not {"initrd.gz", "initrd.lz4"} & files.keys():
+    bootable = {"Image"} if manifest["arch"] == "aarch64" else {"bzImage", "vmlinux"}
+    if not bootable & files.keys() or not {"initrd.gz", "initrd.lz4"} & files.keys():
         raise ValueError("no kernel or no initrd listed")
     texts = [manifest[key] for key in ("profile", "arch", "cmdline", "kernel_version")]
     if not all(isinstance(text, str) for text in texts):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hostos.errors import UserError
+from hostos.hostsystem import who_listens
 from hostos.machine import accel, bridge, configured, network, os_image, other_guest, qemu, root
 from hostos.machine.disk import Disk, plan_disk, same_file
 from hostos.machine.files import Unreadable, read_json
@@ -48,10 +49,7 @@ def make_plan(instance: Instance, options: UpOptions, keys: tuple[str, ...], *, 
     options.check()
     timeout_scale()
     remembered, options = options, options.over(configured.up_options())
-    binary = qemu.find_qemu(os_image.host_arch())
-    image = other_guest.load(options.kernel, options.initrd) if options.kernel else os_image.find(options.os)
-    if image.arch != os_image.host_arch():
-        binary = qemu.find_qemu(image.arch)
+    image, binary = choose_os(options)
     memory_mib = options.memory_mib or DEFAULT_MEMORY_MIB
     check_memory(memory_mib, image)
     check_root(options, image, memory_mib)
@@ -61,11 +59,11 @@ def make_plan(instance: Instance, options: UpOptions, keys: tuple[str, ...], *, 
         if not network.is_free(forward.host_port, forward.protocol, forward.address):
             raise UserError(
                 f"port {forward.address}:{forward.host_port}/{forward.protocol} is taken",
-                "publish another, or end what holds it (ss -ltnup shows it)",
+                f"publish another, or end what holds it ({who_listens()} shows it)",
             )
     choice = accel.choose(options.accel or "auto", image.arch)
     net = options.network
-    sources, helper = check_network(instance, options)
+    sources, helper, daemon = check_network(instance, options)
     if net.own_address:
         ssh_port, swarm_port = network.SSH_PORT, network.SWARM_PORT
     else:
@@ -92,6 +90,7 @@ def make_plan(instance: Instance, options: UpOptions, keys: tuple[str, ...], *, 
         net=net,
         tap=net.name if net.kind == "tap" else bridge.tap_name(identity) if net.kind == "bridge" else "",
         bridge_helper=helper,
+        vmnet_daemon=daemon,
         disk=disk,
         shares=shares,
         reclaim=bool(options.reclaim),
@@ -113,6 +112,22 @@ def check_root(options: UpOptions, image: OsImage, memory_mib: int) -> None:
         raise UserError("--persist keeps changes on the machine's disk, and it has none", "--disk 20G")
 
 
+def choose_os(options: UpOptions) -> tuple[OsImage, Path]:
+    """What is booted, and the QEMU that runs it: as a directory or a kernel says, else for
+    `options.arch`, else for this host's architecture. Raises UserError."""
+    if options.kernel is None and options.os is None:
+        # Without a QEMU nobody needs to be told how to build an OS.
+        binary = qemu.find_qemu(options.arch or os_image.host_arch())
+        return os_image.find(None, arch=options.arch), binary
+    image = other_guest.load(options.kernel, options.initrd) if options.kernel else os_image.find(options.os)
+    if options.arch not in (None, image.arch):
+        raise UserError(
+            f"{options.kernel or image.directory} is for {image.arch}, not for {options.arch}",
+            "leave out --arch: what is booted says which machine it needs",
+        )
+    return image, qemu.find_qemu(image.arch)
+
+
 def check_devices(instance: Instance, options: UpOptions) -> tuple[Disk | None, tuple[Share, ...]]:
     """The disk and the shares; raises UserError if one cannot be had."""
     disk = plan_disk(options.disk, instance.directory) if options.disk else None
@@ -129,11 +144,11 @@ def check_devices(instance: Instance, options: UpOptions) -> tuple[Disk | None, 
     return disk, shares
 
 
-def check_network(instance: Instance, options: UpOptions) -> tuple[tuple[LeaseFile, ...], Path | None]:
-    """The lease files to watch and the helper that is needed; raises UserError if `options.network`
-    cannot be had on this host."""
+def check_network(instance: Instance, options: UpOptions) -> tuple[tuple[LeaseFile, ...], Path | None, Path | None]:
+    """The lease files to watch, the bridge helper and the vmnet daemon that are needed; raises UserError
+    if `options.network` cannot be had on this host."""
     net = options.network
-    helper = None
+    helper = daemon = None
     on: str | None = None
     if net.kind == "bridge":
         bridge.check_bridge(net.name)
@@ -144,12 +159,12 @@ def check_network(instance: Instance, options: UpOptions) -> tuple[tuple[LeaseFi
         _check_nobody_has(net.name, instance)
         on = bridge.bridge_of(net.name) or net.name
     elif net.kind == "vmnet":
-        network.check_vmnet()
+        daemon = network.check_vmnet()
     if not net.own_address:
-        return (), None
+        return (), None, None
     from hostos.machine.leases import default_sources, named_source
 
-    return tuple(named_source(text) for text in options.lease_files or ()) or default_sources(on), helper
+    return tuple(named_source(text) for text in options.lease_files or ()) or default_sources(on), helper, daemon
 
 
 def _check_nobody_has(tap: str, instance: Instance) -> None:
@@ -176,7 +191,7 @@ def _kernel_arguments(
     image: OsImage, options: UpOptions, hostname: str, keys: tuple[str, ...], choice: accel.Choice
 ) -> str:
     base = " ".join(word for word in (image.cmdline, options.append) if word)
-    extra = [EMULATED] if choice.name == "tcg" else []
+    extra = [EMULATED[image.arch]] if choice.name == "tcg" else []
     if root.wanted(options):
         extra.append(root.arguments(options, timeout_scale()))
     if image.by_path:

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from hostos.errors import UserError, failure
+from hostos.hostsystem import who_listens
 from hostos.machine import network
 from hostos.machine.files import Unreadable, write_json
 from hostos.machine.instance import Instance, Run
@@ -174,7 +175,7 @@ def _say(monitor: Monitor, line: str) -> str:
 def taken(forward: Forward) -> UserError:
     where = f"{forward.address}:{forward.host_port}/{forward.protocol}"
     if forward.host_port < 1024:
-        hint = "publish another; ports below 1024 need root on most systems (ss -ltnup shows who holds it)"
+        hint = f"publish another; ports below 1024 need root on most systems ({who_listens()} shows who holds it)"
     else:
-        hint = "publish another, or end what holds it (ss -ltnup shows it)"
+        hint = f"publish another, or end what holds it ({who_listens()} shows it)"
     return UserError(f"port {where} is taken", hint)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from hostos.errors import UserError
+from hostos.machine import qemu
 from hostos.machine.accel import Name
 
 # SeaBIOS prints within 0.1 s, emulated on a loaded host within 2 s.
@@ -63,11 +64,11 @@ def _status(child: subprocess.Popen[bytes]) -> int | None:
 def _command(accelerator: Name, binary: Path, arch: str, kernel: Path | None) -> list[str]:
     # fmt: off
     line = [str(binary), "-nodefaults", "-no-user-config", "-display", "none",
-            "-accel", accelerator, "-cpu", "max" if accelerator == "tcg" else "host",
-            "-m", "64M", "-chardev", "stdio,id=said"]
+            "-machine", qemu.machine_type(arch, accelerator), "-accel", accelerator,
+            "-cpu", qemu.cpu_model(arch, accelerator), "-m", "64M", "-chardev", "stdio,id=said"]
     # fmt: on
     if arch == "x86_64":
-        return [*line, "-machine", "q35", "-device", "isa-debugcon,iobase=0x402,chardev=said"]
+        return [*line, "-device", "isa-debugcon,iobase=0x402,chardev=said"]
     if kernel is None:
         raise UserError("there is no kernel to prove it with", "build an OS first: invoke build")
-    return [*line, "-machine", "virt", "-serial", "chardev:said", "-kernel", str(kernel), "-append", "earlycon"]
+    return [*line, "-serial", "chardev:said", "-kernel", str(kernel), "-append", "earlycon"]

@@ -15,7 +15,6 @@ from hostos.machine.disk import Disk
 from hostos.machine.network import USER, Forward, Net
 from hostos.machine.share import Share
 
-_MACHINES = {"x86_64": "q35", "aarch64": "virt"}
 _PACKAGES = {"x86_64": "qemu-system-x86", "aarch64": "qemu-system-arm"}
 
 
@@ -55,6 +54,8 @@ class Config:
     # The tap that QEMU makes on a bridge, or is to use; with `bridge_helper` that makes one itself.
     tap: str = ""
     bridge_helper: Path | None = None
+    # Whose Ethernet frames it exchanges with vmnet; without it QEMU does so itself, as root.
+    vmnet_daemon: Path | None = None
     ram: Ram | None = None
     incoming: bool = False
     disk: Disk | None = None
@@ -88,7 +89,6 @@ def command(config: Config) -> list[str]:
     No defaults of QEMU's are relied upon: each device is named, in a fixed order, so that the same
     configuration is the same hardware to the guest.
     """
-    cpu = "max" if config.accelerator == "tcg" else "host"
     accel = "tcg,thread=multi" if config.accelerator == "tcg" else config.accelerator
     options: list[list[str]] = [
         ["-name", _escape(f"hostos-{config.name}")],
@@ -97,7 +97,7 @@ def command(config: Config) -> list[str]:
         ["-display", "none"],
         *_memory(config),
         ["-accel", accel],
-        ["-cpu", cpu],
+        ["-cpu", cpu_model(config.arch, config.accelerator)],
         ["-smp", str(config.cpus)],
         *_boot(config),
         ["-netdev", _netdev(config)],
@@ -115,7 +115,7 @@ def command(config: Config) -> list[str]:
         ["-mon", "chardev=monitor,mode=control"],
         ["-pidfile", str(config.pid_file)],
     ]
-    if config.arch == "x86_64":
+    if has_generation_id(config.arch):
         # Tells a restored or cloned guest that it is one, so that it reseeds its random numbers.
         options.append(["-device", "vmgenid,guid=auto"])
     # After everything else, so that without them the hardware is the same.
@@ -125,6 +125,28 @@ def command(config: Config) -> list[str]:
     if config.reclaim:
         options.append(["-device", "virtio-balloon-pci,free-page-reporting=on"])
     return [str(config.binary), *(word for option in options for word in option)]
+
+
+def has_generation_id(arch: str) -> bool:
+    """Whether QEMU's machine has the device "vmgenid", which ACPI describes."""
+    return arch == "x86_64"
+
+
+def machine_type(arch: str, accelerator: Name) -> str:
+    """QEMU's machine. The interrupt controller of `virt` is named: its default, version 2, takes 8 CPUs at
+    most. Emulated it is always version 3; a real CPU decides which ones there can be."""
+    if arch == "x86_64":
+        return "q35"
+    return f"virt,gic-version={'3' if accelerator == 'tcg' else 'max'}"
+
+
+def cpu_model(arch: str, accelerator: Name) -> str:
+    """The CPU: the host's own, or all that QEMU can emulate."""
+    if accelerator != "tcg":
+        return "host"
+    # Pointer authentication as the architecture describes it takes an emulator longer than all the rest:
+    # it may be any function of the same inputs.
+    return "max" if arch == "x86_64" else "max,pauth-impdef=on"
 
 
 def shell_text(command: list[str]) -> str:
@@ -142,6 +164,8 @@ def _netdev(config: Config) -> str:
     match config.net.kind:
         case "user":
             return "user,id=net0" + "".join(f",hostfwd={forward.rule()}" for forward in config.forwards)
+        case "vmnet" if config.vmnet_daemon:
+            return f"stream,id=net0,server=off,addr.type=unix,addr.path={_escape(config.vmnet_daemon)}"
         case "vmnet":
             return "vmnet-shared,id=net0"
         case "bridge" if config.bridge_helper:
@@ -151,7 +175,7 @@ def _netdev(config: Config) -> str:
 
 
 def _memory(config: Config) -> list[list[str]]:
-    machine, size = _MACHINES[config.arch], f"{config.memory_mib}M"
+    machine, size = machine_type(config.arch, config.accelerator), f"{config.memory_mib}M"
     if config.ram is None:
         return [["-machine", machine], ["-m", size]]
     share = "off" if config.ram.private else "on"

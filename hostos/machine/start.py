@@ -219,4 +219,5 @@ def _run_record(plan: Plan, command: list[str], process: QemuProcess, began: flo
         reclaim=plan.config.reclaim,
         root=plan.options.root or "" if root.wanted(plan.options) else "",
         persist=bool(plan.options.persist),
+        arch=plan.config.arch,
     )

@@ -33,8 +33,10 @@ from hostos.paths import cache_dir, private_dir
 
 # Raised when host and guest come to understand something else by it.
 PROTOCOL = 1
-# What a guest announces that can be cloned (OsImage.announces).
+# What a guest announces that can be cloned (OsImage.announces), and one that renews its random numbers by
+# itself when it is: without a generation ID nothing else would tell it.
 ABILITY = "identity"
+RESEEDS = "reseed"
 DEFAULT_LIMIT = 2 << 30
 LIMIT_VARIABLE = "HOSTOS_TEMPLATE_LIMIT_MIB"
 SWITCH = "HOSTOS_TEMPLATES"
@@ -75,8 +77,6 @@ def why_not(config: Config, image: OsImage) -> str | None:
     """Why a machine like this is always booted and never cloned, None if it can be cloned."""
     if config.accelerator != "tcg":
         return f"only emulated machines are cloned, this one runs under {config.accelerator.upper()}"
-    if config.arch != "x86_64":
-        return f"{config.arch} machines have no generation ID that would tell a clone from its template"
     if config.net.kind != "user":
         return "a machine with an address of its own on the network is told it by the network, when it boots"
     if config.disk or config.shares:
@@ -86,6 +86,11 @@ def why_not(config: Config, image: OsImage) -> str | None:
         return "a machine that gives memory back cannot share it with its template"
     if ABILITY not in image.announces:
         return "this OS build cannot take on an identity (build it again with this version)"
+    if not qemu.has_generation_id(config.arch) and RESEEDS not in image.announces:
+        return (
+            f"{config.arch} machines have no generation ID that would tell a clone from its template, "
+            "and this OS build cannot renew its random numbers by itself"
+        )
     return None
 
 
@@ -144,7 +149,7 @@ def baking(config: Config, image: OsImage, directory: Path, sockets: Path | None
     """The machine that becomes the template for `config`, with its files in `directory`."""
     sockets = sockets or directory
     given = config.cmdline.split()
-    words = [image.cmdline, *(word for word in EMULATED.split() if word in given), "hostos.template"]
+    words = [image.cmdline, *(word for word in EMULATED[image.arch].split() if word in given), "hostos.template"]
     return replace(
         config,
         name="template",

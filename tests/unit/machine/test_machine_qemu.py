@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from hostos.errors import UserError
-from hostos.machine.network import Forward
-from hostos.machine.qemu import Config, command, find_qemu, shell_text
+from hostos.machine.accel import Name
+from hostos.machine.network import Forward, Net
+from hostos.machine.qemu import Config, Ram, command, find_qemu, shell_text
 
 CONFIG = Config(
     binary=Path("/usr/bin/qemu-system-x86_64"),
@@ -56,10 +57,60 @@ def test_accelerated() -> None:
     assert line[line.index("-cpu") + 1] == "host"
 
 
-def test_arm() -> None:
-    line = command(replace(CONFIG, arch="aarch64"))
-    assert line[line.index("-machine") + 1] == "virt"
-    assert "vmgenid,guid=auto" not in line
+ARM = """
+/usr/bin/qemu-system-aarch64 -name hostos-box -nodefaults -no-user-config -display none
+-machine virt,gic-version={gic} -m 512M -accel {accel} -cpu {cpu} -smp 2
+-kernel /os/Image -initrd /m/initrd -append 'console=ttyAMA0 hostos.hostname=box'
+-netdev {netdev}
+-device virtio-net-pci,netdev=net0,mac=52:54:00:01:02:03,romfile=
+-object rng-builtin,id=rng0 -device virtio-rng-pci,rng=rng0
+-chardev socket,id=agent,path=/r/agent.sock,server=on,wait=off
+-device virtio-serial-pci -device virtserialport,chardev=agent,name=hostos.agent
+-chardev socket,id=console,path=/r/console.sock,server=on,wait=off,logfile=/m/serial.log
+-serial chardev:console
+-chardev socket,id=monitor,path=/r/monitor.sock,server=on,wait=off -mon chardev=monitor,mode=control
+-pidfile /m/qemu.pid
+"""
+ARM_CONFIG = replace(
+    CONFIG,
+    binary=Path("/usr/bin/qemu-system-aarch64"),
+    arch="aarch64",
+    kernel=Path("/os/Image"),
+    cmdline="console=ttyAMA0 hostos.hostname=box",
+)
+USER = "user,id=net0,hostfwd=tcp:127.0.0.1:4022-:22,hostfwd=udp:127.0.0.1:6999-:6881"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "gic", "accel", "cpu"),
+    [
+        ("tcg", "3", "tcg,thread=multi", "max,pauth-impdef=on"),
+        ("kvm", "max", "kvm", "host"),
+        ("hvf", "max", "hvf", "host"),
+    ],
+)
+def test_exact_command_line_of_arm(accelerator: Name, gic: str, accel: str, cpu: str) -> None:
+    expected = ARM.format(gic=gic, accel=accel, cpu=cpu, netdev=USER)
+    assert command(replace(ARM_CONFIG, accelerator=accelerator)) == shlex.split(expected)
+
+
+def test_exact_command_line_of_a_mac_with_vmnet() -> None:
+    config = replace(ARM_CONFIG, accelerator="hvf", net=Net("vmnet"), forwards=())
+    expected = ARM.format(gic="max", accel="hvf", cpu="host", netdev="vmnet-shared,id=net0")
+    assert command(config) == shlex.split(expected)
+    daemon = replace(config, vmnet_daemon=Path("/opt/homebrew/var/run/socket_vmnet"))
+    line = command(daemon)
+    path = "/opt/homebrew/var/run/socket_vmnet"
+    assert line[line.index("-netdev") + 1] == f"stream,id=net0,server=off,addr.type=unix,addr.path={path}"
+    intel = replace(CONFIG, accelerator="hvf", net=Net("vmnet"), forwards=())
+    line = command(intel)
+    assert (line[line.index("-machine") + 1], line[line.index("-cpu") + 1]) == ("q35", "host")
+
+
+def test_memory_in_a_file_keeps_the_machine() -> None:
+    line = command(replace(ARM_CONFIG, ram=Ram(Path("/t/ram"), private=True), incoming=True))
+    assert line[line.index("-machine") + 1] == "virt,gic-version=3,memory-backend=ram"
+    assert "-kernel" not in line
 
 
 def test_commas_in_paths_stay_part_of_the_path() -> None:

@@ -100,7 +100,10 @@ def test_another_kernel_initrd_or_qemu_needs_another_template(config: Config, im
 def test_why_not(config: Config, image: OsImage) -> None:
     assert template.why_not(config, image) is None
     assert "KVM" in str(template.why_not(replace(config, accelerator="kvm"), image))
-    assert "aarch64" in str(template.why_not(replace(config, arch="aarch64"), image))
+    arm = replace(config, arch="aarch64")
+    assert "generation ID" in str(template.why_not(arm, image))
+    # One that renews its random numbers by itself needs none.
+    assert template.why_not(arm, replace(image, announces=(*image.announces, template.RESEEDS))) is None
     assert "identity" in str(template.why_not(config, replace(image, announces=("network",))))
     assert "network" in str(template.why_not(replace(config, net=Net("bridge", "br0")), image))
     assert "gives memory back" in str(template.why_not(replace(config, reclaim=True), image))
