@@ -183,6 +183,8 @@ def boot(
         Rest.parse(complete)
     if tty is None:
         tty = sys.stdin.isatty() and sys.stdout.isatty()
+    if (wanted.bundle or wanted.index) and not no_up:
+        wanted = wanted.for_machine(live.architecture(machine))
     told = steps()
     with live.guest(machine, told, start=not no_up) as guest:
         if root := guest.instance.require_run().root:
@@ -190,6 +192,7 @@ def boot(
                 f"machine {machine!r} has image {root[:16]}… as its root: it runs no containers of hostos",
                 "in another machine: hostos container boot -m NAME; or: hostos up --root none",
             )
+        wanted = wanted.for_machine(guest.instance.require_run().architecture)
         where = live.peers_and_bundle(wanted, guest.instance, bare=bare, swarm=swarm)
         secret = key_to_text(key) if (key := key or live.own_key(wanted)) else None
         if wanted.bundle:

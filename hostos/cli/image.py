@@ -233,6 +233,30 @@ def export(reference: str, directory: Path, url: str | None) -> None:
 
 
 @image.command()
+@click.argument("name")
+@click.argument("references", metavar="HASH|NAME...", nargs=-1, required=True, shell_complete=images)
+def index(name: str, references: tuple[str, ...]) -> None:
+    """Join images of several architectures under one hash, called NAME, and print it.
+
+    Whoever boots that hash gets the image for their machine. The images stay what they are.
+
+    \b
+      hostos image publish amd64.tar --name web/debian-amd64
+      hostos image publish arm64.tar --name web/debian-arm64
+      hostos image index web/debian web/debian-amd64 web/debian-arm64
+    """
+    from hostos.image import indexes, seeding
+    from hostos.image.store import Store
+    from hostos.live.manifest import check_name
+
+    made = indexes.publish(Store(), check_name(name), references)
+    seeded = seeding.reload()
+    click.echo(made.hash)
+    after = "seeding it already" if seeded else "offer it with: hostos seed start"
+    click.echo(f"{name}: {', '.join(sorted(made.index.images))}; {after}", err=True)
+
+
+@image.command()
 @click.argument("reference", metavar="HASH|NAME")
 @click.argument("command", metavar="[-- COMMAND…]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--also", "others", multiple=True, metavar="COMMAND", help="One more workload (repeatable; '' as above).")
@@ -299,22 +323,27 @@ def _how(commands: tuple[str, ...], seconds: float, machine: str) -> Any:
 @image.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def ls(as_json: bool) -> None:
-    """List the images of this host, the latest first."""
+    """List the images of this host, the latest first; then the indexes (`hostos image index`)."""
+    from hostos.image import indexes
     from hostos.image.store import Store, describe
 
     store = Store()
-    images, broken = store.images(), store.broken()
+    images, broken, joined = store.images(), store.broken(), indexes.all_indexes(store)
     if as_json:
         listed = [describe(item) for item in images]
         bad = [{"path": str(item.path), "reason": item.reason} for item in broken]
-        click.echo(json.dumps({"schema": 1, "images": listed, "broken": bad}))
+        several = [indexes.describe(item) for item in joined]
+        click.echo(json.dumps({"schema": 1, "images": listed, "indexes": several, "broken": bad}))
         return
-    if images:
+    if images or joined:
         rows = [("HASH", "NAME", "ARCH", "SIZE", "PUBLISHED")]
         for item in images:
             when = datetime.datetime.fromtimestamp(item.published).strftime("%Y-%m-%d %H:%M")
             size = human_size(item.manifest.size) + (" (layers missing)" if item.missing else "")
             rows.append((item.hash[:16], item.name, item.manifest.architecture, size, when))
+        for each in joined:
+            when = datetime.datetime.fromtimestamp(each.published).strftime("%Y-%m-%d %H:%M")
+            rows.append((each.hash[:16], each.name, "+".join(sorted(each.index.images)), "index", when))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         for row in rows:
             click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
@@ -329,11 +358,15 @@ def ls(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def inspect(reference: str, as_json: bool) -> None:
     """Show what an image is made of and how to get it (checks its metadata against its hash)."""
-    from hostos.image import seeding
+    from hostos.image import indexes, seeding
     from hostos.image.ipfs import recorded
     from hostos.image.store import Store, describe
 
     store = Store()
+    joined = indexes.find(store, reference)
+    if joined is not None:
+        _inspect_index(store, joined, as_json)
+        return
     found = store.get(reference)
     bundle = store.bundle(found.hash)
     cid = recorded(found)
@@ -391,6 +424,27 @@ def inspect(reference: str, as_json: bool) -> None:
         click.echo(f"{key + ':' if key else '':14} {value}")
 
 
+def _inspect_index(store: Any, found: Any, as_json: bool) -> None:
+    from hostos.image import indexes, seeding
+
+    if as_json:
+        click.echo(json.dumps(indexes.describe(found)))
+        return
+    seed = seeding.status()
+    lines = [
+        ("index", found.hash),
+        ("name", found.name),
+        ("published", datetime.datetime.fromtimestamp(found.published).isoformat(" ", "seconds")),
+        ("magnet", found.index.torrent().magnet((seed.address,) if seed else ())),
+    ]
+    for architecture, image in sorted(found.index.images.items()):
+        there = store.find(image)
+        known = f"{there.name}, {human_size(there.manifest.size)}" if there else "not in this store"
+        lines.append((architecture, f"{image}  {known}"))
+    for key, value in lines:
+        click.echo(f"{key + ':':14} {value}")
+
+
 def _traced(trace: Any) -> str:
     if trace is None:
         return "none"
@@ -403,21 +457,24 @@ def _traced(trace: Any) -> str:
 @click.argument("references", metavar="HASH|NAME...", nargs=-1, required=True, shell_complete=images)
 @click.option("--force", is_flag=True, help="Even what is pinned, or what a name of yours means.")
 def rm(references: tuple[str, ...], force: bool) -> None:
-    """Remove images and the layers no other image uses.
+    """Remove images and the layers no other image uses, or indexes (their images stay).
 
     What is pinned stays, and so does what a name of yours means, as others may look for it.
     """
-    from hostos.image import keeping, privacy, seeding
+    from hostos.image import indexes, keeping, privacy, seeding
     from hostos.image.store import Store
     from hostos.names.book import Names
 
     store = Store()
+    joined = {reference: indexes.find(store, reference) for reference in references}
     # All of them must exist before the first one goes.
-    hashes = [_removable(store, reference) for reference in references]
+    hashes = [_removable(store, reference) for reference in references if joined[reference] is None]
     for image in store.images():
         if image.hash in hashes:
             for warning in keeping.check_removable(store, image, Names().meaning(image.hash), force=force):
                 click.echo(f"warning: {image.name}: {warning}", err=True)
+    for each in {found.hash: found for found in joined.values() if found}.values():
+        indexes.remove(store, each)
     free = sum(store.remove(item) for item in dict.fromkeys(hashes))
     for item in hashes:
         privacy.forget(item)

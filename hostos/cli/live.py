@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hostos.errors import FAILED, UserError
+from hostos.image import indexes
 from hostos.image.store import Store
 from hostos.live import cid
 from hostos.live.client import Client
 from hostos.live.gateways import parse_gateway
 from hostos.live.http import parse_url
+from hostos.live.index import Index
 from hostos.live.swarm_settings import SwarmSettings
 from hostos.live.torrents import ImageBundle, parse_image_reference, parse_peer, parse_web_seed
 from hostos.machine.connection import Connection, ConnectionLost, connect
@@ -35,13 +37,36 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 class Wanted:
     """An image to boot: its hash, who may have it, and its metadata if this host's store has it.
 
-    `gateways`: addresses of those who may have it if `image` is a CID; `web_seeds`: of servers that do."""
+    `gateways`: addresses of those who may have it if `image` is a CID; `web_seeds`: of servers that do.
+    `index`: the hash is of an index of this store, and which of its images is wanted depends on the machine
+    (`for_machine`)."""
 
     image: str
     peers: tuple[str, ...]
     bundle: ImageBundle | None = None
     gateways: tuple[str, ...] = ()
     web_seeds: tuple[str, ...] = ()
+    index: Index | None = None
+
+    def for_machine(self, architecture: str) -> Wanted:
+        """What is meant in a machine of `architecture`. Raises UserError: there is none for it, or it is
+        not for it. What is not known here is decided in the machine."""
+        if self.index is not None:
+            chosen = resolve(self.index.choose(architecture), self.peers)
+            return replace(chosen, index=self.index)
+        if self.bundle is not None and architecture:
+            check_architecture(self.bundle.manifest.name, self.bundle.manifest.architecture, architecture)
+        return self
+
+
+def check_architecture(image: str, architecture: str, machine: str) -> None:
+    """Raises UserError if an image for `architecture` does not run in a `machine`."""
+    if architecture not in (machine, "any"):
+        raise UserError(
+            f"image {image} is for {architecture}, this machine is {machine}",
+            f"boot it in a machine of its architecture: hostos up -m {architecture.replace('_', '-')} "
+            f"--arch {architecture}; then: hostos container boot -m {architecture.replace('_', '-')} {image}",
+        )
 
 
 DEFAULT_GATEWAY = "http://127.0.0.1:8080"
@@ -72,6 +97,9 @@ def resolve(
     if asked_for:
         raise UserError("--gateway is for CIDs", "for a hash, say who has it: --peer HOST:PORT")
     store = Store()
+    listed = indexes.find(store, text)
+    if listed is not None:
+        return Wanted(listed.hash, tuple(named), index=listed.index)
     if "/" in text and (found := names.resolve(text)) is not None:
         # Somebody's name: from here on it is its hash that counts.
         say(f"hostos: {found}")
@@ -139,6 +167,13 @@ def urls_from_guest(urls: tuple[str, ...], instance: Instance) -> list[str]:
     return [str(replace(url, host=here) if url.loopback and not url.secure else url) for url in parsed]
 
 
+def architecture(machine: str) -> str:
+    """Of a machine that runs, or of the one that `hostos up` would start. Raises UserError."""
+    from hostos.machine import launcher
+
+    return launcher.architecture(machine)
+
+
 @dataclass
 class Guest:
     """A connected guest. `started`: seconds it took to start the machine, if it was not running."""
@@ -197,7 +232,7 @@ def peers_and_bundle(
     if this host did not know the image.
     """
     peers = seen_from_guest(wanted.peers, instance)
-    fields: dict[str, Any] = {"image": wanted.image}
+    fields: dict[str, Any] = {"image": wanted.index.torrent().info_hash if wanted.index and bare else wanted.image}
     if swarm is not None:
         fields["swarm"] = swarm.to_dict()
     if wanted.gateways:

@@ -25,12 +25,14 @@ import libtorrent
 
 from hostos import __version__, background
 from hostos.errors import UserError
+from hostos.image.indexes import StoredIndex, all_indexes
+from hostos.image.indexes import directory as indexes_directory
 from hostos.image.seed_session import Door, listen
 from hostos.image.seeding import Place
 from hostos.image.store import IMAGE_TORRENT, Store, StoredImage
 from hostos.live.nodelay import NoDelay
 from hostos.live.swarm_settings import SwarmSettings
-from hostos.live.torrents import parse_layer_torrent
+from hostos.live.torrents import Torrent, parse_layer_torrent
 
 RESCAN = 1.0
 """Seconds between looks at the store (a publish also says `reload`)."""
@@ -51,7 +53,9 @@ class Seeder:
 
     def changed(self) -> bool:
         """Has the store changed since the last call?"""
-        stamp = tuple(_mtime(path) for path in (self.store.images_dir, self.store.layers_dir))
+        stamp = tuple(
+            _mtime(path) for path in (self.store.images_dir, self.store.layers_dir, indexes_directory(self.store))
+        )
         changed, self._stamp = stamp != self._stamp, stamp
         return changed
 
@@ -66,6 +70,8 @@ class Seeder:
             wanted[image.hash] = partial(self._image, image)
             for number, layer in enumerate(image.manifest.layers):
                 wanted[layer.torrent] = partial(self._layer, image, number)
+        for index in all_indexes(self.store):
+            wanted[index.hash] = partial(self._index, index)
         for key in self.handles.keys() - wanted.keys():
             self.session.remove_torrent(self.handles.pop(key))
             self.log(f"no longer seeding {self.kinds.pop(key)} {key}")
@@ -79,10 +85,15 @@ class Seeder:
                 self.log(f"can't seed {key}: {error}")
 
     def _image(self, image: StoredImage) -> tuple[Any, str]:
-        bundle = self.store.bundle(image.hash)
-        if (image.directory / IMAGE_TORRENT).read_bytes() != bundle.torrent.data:
-            raise UserError(f"{image.directory / IMAGE_TORRENT} is damaged", "publish the image again")
-        parameters = _parameters(bundle.torrent.data, image.directory)
+        return self._metadata(image.directory, self.store.bundle(image.hash).torrent), "image"
+
+    def _index(self, index: StoredIndex) -> tuple[Any, str]:
+        return self._metadata(index.directory, index.index.torrent()), "index"
+
+    def _metadata(self, directory: Path, torrent: Torrent) -> Any:
+        if (directory / IMAGE_TORRENT).read_bytes() != torrent.data:
+            raise UserError(f"{directory / IMAGE_TORRENT} is damaged", "publish the image again")
+        parameters = _parameters(torrent.data, directory)
         # layout(): libtorrent 2.1's name for files(), whose use it warns about
         info = parameters.ti
         files = info.layout() if hasattr(info, "layout") else info.files()
@@ -92,7 +103,7 @@ class Seeder:
             for index in range(files.num_files())
             if not files.file_flags(index) & libtorrent.file_storage.flag_pad_file
         }
-        return parameters, "image"
+        return parameters
 
     def _layer(self, image: StoredImage, number: int) -> tuple[Any, str]:
         layer = image.manifest.layers[number]

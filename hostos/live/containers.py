@@ -460,5 +460,7 @@ def _check_architecture(architecture: str) -> None:
     here = os.uname().machine
     if architecture not in (here, "any"):
         raise UserError(
-            f"the image is for {architecture}, this machine is {here}", "ask for an image of this architecture"
+            f"the image is for {architecture}, this machine is {here}",
+            f"boot it in a machine of its architecture: hostos up -m NAME --arch {architecture}; then: "
+            "hostos container boot -m NAME …",
         )

@@ -6,6 +6,7 @@ it is proved against the hash before anything of it is used.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ import libtorrent as lt
 import trio
 
 from hostos.errors import UserError, failure
+from hostos.live import index as indexes
 from hostos.live.blocks import Blocks
 from hostos.live.cid import looks_like_cid
 from hostos.live.http import Url
@@ -62,10 +64,14 @@ async def resolve(peers: Iterable[str]) -> list[Endpoint]:
 
 
 class Images:
-    """Verified image metadata, kept in `directory` by hash (each use proves it again)."""
+    """Verified image metadata, kept in `directory` by hash (each use proves it again). Of an index the
+    image for `machine` (an architecture) is meant."""
 
-    def __init__(self, swarm: Swarm, nursery: trio.Nursery, directory: Path, blocks: Blocks) -> None:
+    def __init__(self, swarm: Swarm, nursery: trio.Nursery, directory: Path, blocks: Blocks, machine: str = "") -> None:
         self.swarm, self._nursery, self._directory, self._blocks = swarm, nursery, directory, blocks
+        self._machine = machine or os.uname().machine
+        # Not among the images: it has no layers to keep.
+        self._indexes = directory.with_name("indexes")
 
     async def load(
         self,
@@ -76,7 +82,8 @@ class Images:
         deadline: float = 30.0,
         web: Sequence[str] = (),
     ) -> ImageBundle | IpfsImage:
-        """The image with this hash (64 hex digits) or CID; `peers` are then addresses of gateways.
+        """The image with this hash (64 hex digits), which may be an index's, or CID; `peers` are then
+        addresses of gateways.
 
         `web`: addresses of web seeds; `deadline`: seconds for fetching it from all these. Raises UserError: no
         such image there, nobody answered (the message names who was asked), or what came is not an image.
@@ -90,9 +97,44 @@ class Images:
         kept: ImageBundle | None = await trio.to_thread.run_sync(self._kept, image)
         if kept:
             return kept
-        found = await self._fetch_from(image, tuple(peers), [parse_web_seed(url) for url in web], deadline)
+        began = time.monotonic()
+        servers = [parse_web_seed(url) for url in web]
+        found: ImageBundle | indexes.Index | None = await trio.to_thread.run_sync(self._kept_index, image)
+        if found is None:
+            found = await self._fetch_from(image, tuple(peers), servers, deadline)
+        if isinstance(found, indexes.Index):
+            await trio.to_thread.run_sync(self._keep_index, image, found)
+            left = max(1.0, deadline - (time.monotonic() - began))
+            return await self._listed(found, tuple(peers), servers, left)
         await trio.to_thread.run_sync(self._keep, found)
         return found
+
+    async def _listed(
+        self, index: indexes.Index, peers: tuple[str, ...], web: list[Url], deadline: float
+    ) -> ImageBundle:
+        """The image of `index` for this machine."""
+        image = index.choose(self._machine)
+        kept: ImageBundle | None = await trio.to_thread.run_sync(self._kept, image)
+        if kept:
+            return kept
+        found = await self._fetch_from(image, peers, web, deadline)
+        if isinstance(found, indexes.Index):
+            raise UserError(f"index {index.name} names another index for {self._machine}", "it is damaged")
+        await trio.to_thread.run_sync(self._keep, found)
+        return found
+
+    def _kept_index(self, image: str) -> indexes.Index | None:
+        """From the cache; a damaged one is fetched again."""
+        try:
+            return indexes.verify(image, {indexes.INDEX_FILE: (self._indexes / image).read_bytes()})
+        except (UserError, OSError):
+            return None
+
+    def _keep_index(self, image: str, index: indexes.Index) -> None:
+        self._indexes.mkdir(exist_ok=True)
+        new = self._indexes / f".{image}.new"
+        new.write_bytes(index.to_json())
+        new.rename(self._indexes / image)
 
     def _kept(self, image: str) -> ImageBundle | None:
         """From the cache; a damaged entry is removed."""
@@ -119,15 +161,17 @@ class Images:
             target.write_bytes(data)
         new.rename(place)
 
-    async def _fetch_from(self, image: str, peers: tuple[str, ...], web: list[Url], deadline: float) -> ImageBundle:
+    async def _fetch_from(
+        self, image: str, peers: tuple[str, ...], web: list[Url], deadline: float
+    ) -> ImageBundle | indexes.Index:
         """From peers and web seeds at once: whoever has it first."""
         if not web:
             return await self._fetch(image, peers, deadline)
-        found: list[ImageBundle] = []
+        found: list[ImageBundle | indexes.Index] = []
         why: list[UserError] = []
         async with trio.open_nursery() as nursery:
 
-            async def one(fetch: Awaitable[ImageBundle]) -> None:
+            async def one(fetch: Awaitable[ImageBundle | indexes.Index]) -> None:
                 try:
                     found.append(await fetch)
                     nursery.cancel_scope.cancel()
@@ -148,7 +192,7 @@ class Images:
 
     # --- from peers -------------------------------------------------------------------------------
 
-    async def _fetch(self, image: str, peers: tuple[str, ...], deadline: float) -> ImageBundle:
+    async def _fetch(self, image: str, peers: tuple[str, ...], deadline: float) -> ImageBundle | indexes.Index:
         asked = ", ".join(peers) or "no peer was named"
         if self.swarm.settings.discovers:
             asked += ", and those that " + ("the DHT" if self.swarm.settings.public else "the local network") + " knows"
@@ -183,7 +227,7 @@ class Images:
             with trio.CancelScope(shield=True):
                 await source.close()
             shutil.rmtree(place, ignore_errors=True)
-        return verify_files(image, content)
+        return indexes.verify(image, content) or verify_files(image, content)
 
     async def _metadata(self, image: str, endpoints: list[Endpoint]) -> Any:
         """The torrent's info dictionary, from peers; libtorrent checks it against the hash."""
@@ -239,7 +283,8 @@ def check_metadata(info: Any) -> dict[str, tuple[int, int]]:
         path = files.file_path(index).removeprefix(f"{info.name()}/")
         found[path] = (files.file_offset(index), files.file_size(index))
     known = {MANIFEST_FILE, *OPTIONAL_FILES} | {layer_path(index) for index in range(len(found))}
-    if info.name() != IMAGE_NAME or MANIFEST_FILE not in found or not found.keys() <= known:
+    known_index = found.keys() == {indexes.INDEX_FILE}
+    if info.name() != IMAGE_NAME or not (known_index or (MANIFEST_FILE in found and found.keys() <= known)):
         what = f"{len(found)} files" if len(found) != 1 else "one file"
         hint = "give the hash `hostos image publish` printed, not that of a layer"
         raise UserError(f"that hash is of no image but of a torrent {info.name()[:60]!r} of {what}", hint)
