@@ -44,6 +44,7 @@ COMMANDS = {
     "name": "name",
     "mirror": "mirror",
     "cache": "cache",
+    "os": "os",
     "doctor": "doctor",
     "config": "config",
     "completion": "completion",
