@@ -16,7 +16,10 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from hostos.errors import UserError
+from hostos.hostsystem import host_arch
 from hostos.steps import Steps, Talk
+
+HOST = host_arch()
 
 
 def user_errors(function: Callable[..., None]) -> Callable[..., None]:
@@ -40,7 +43,7 @@ def user_errors(function: Callable[..., None]) -> Callable[..., None]:
 
 PROFILE_HELP = {
     "profile": "what to build: a file in configs/profiles (default: default)",
-    "arch": "x86_64 or aarch64 (default: x86_64)",
+    "arch": "x86_64 or aarch64 (default: this machine's)",
 }
 
 
@@ -104,7 +107,7 @@ def build(
     _: Context,
     options: Any,
     profile: str = "default",
-    arch: str = "x86_64",
+    arch: str = HOST,
     engine: str = "debian",
     dist: str = "dist",
     update: bool = False,
@@ -124,7 +127,7 @@ def build(
 @task(auto_shortflags=False, help={**PROFILE_HELP, **BUILDROOT_HELP, "into": "directory to fill (default: bundle)"})
 @user_errors
 @buildroot_options
-def source(_: Context, options: Any, profile: str = "default", arch: str = "x86_64", into: str = "bundle") -> None:
+def source(_: Context, options: Any, profile: str = "default", arch: str = HOST, into: str = "bundle") -> None:
     """Fetch every source archive, for building with Buildroot where there is no network."""
     from hostos.build.engines import buildroot_tools
     from hostos.build.profile import load_profile
@@ -135,7 +138,7 @@ def source(_: Context, options: Any, profile: str = "default", arch: str = "x86_
 @task(auto_shortflags=False, help={**PROFILE_HELP, **BUILDROOT_HELP, "engine": "linux (default) or buildroot"})
 @user_errors
 @buildroot_options
-def menuconfig(_: Context, options: Any, profile: str = "default", arch: str = "x86_64", engine: str = "linux") -> None:
+def menuconfig(_: Context, options: Any, profile: str = "default", arch: str = HOST, engine: str = "linux") -> None:
     """Edit a configuration in its own menu; only the difference is kept, in configs/features/custom.toml."""
     from hostos.build.engines import buildroot_tools
     from hostos.build.profile import load_profile
@@ -150,7 +153,7 @@ def menuconfig(_: Context, options: Any, profile: str = "default", arch: str = "
 @task(auto_shortflags=False, help={**PROFILE_HELP, **BUILDROOT_HELP, "into": "directory (default: graphs)"})
 @user_errors
 @buildroot_options
-def graph(_: Context, options: Any, profile: str = "default", arch: str = "x86_64", into: str = "graphs") -> None:
+def graph(_: Context, options: Any, profile: str = "default", arch: str = HOST, into: str = "graphs") -> None:
     """Pictures of size, build time and dependencies (Buildroot)."""
     from hostos.build.engines import buildroot_tools
     from hostos.build.profile import load_profile
@@ -162,9 +165,7 @@ def graph(_: Context, options: Any, profile: str = "default", arch: str = "x86_6
 @task(auto_shortflags=False, help={**PROFILE_HELP, **BUILDROOT_HELP, "into": "directory (default: legal-info)"})
 @user_errors
 @buildroot_options
-def legal_info(
-    _: Context, options: Any, profile: str = "default", arch: str = "x86_64", into: str = "legal-info"
-) -> None:
+def legal_info(_: Context, options: Any, profile: str = "default", arch: str = HOST, into: str = "legal-info") -> None:
     """Licences, licence texts and sources of everything in the image (Buildroot)."""
     from hostos.build.engines import buildroot_tools
     from hostos.build.profile import load_profile
@@ -175,7 +176,7 @@ def legal_info(
 @task(auto_shortflags=False, help={**PROFILE_HELP, **BUILDROOT_HELP})
 @user_errors
 @buildroot_options
-def sbom(_: Context, options: Any, profile: str = "default", arch: str = "x86_64") -> None:
+def sbom(_: Context, options: Any, profile: str = "default", arch: str = HOST) -> None:
     """Buildroot's own CycloneDX bill of materials, on stdout (every build also has a sbom.cdx.json)."""
     from hostos.build.engines import buildroot_tools
     from hostos.build.profile import load_profile
@@ -189,7 +190,7 @@ def sbom(_: Context, options: Any, profile: str = "default", arch: str = "x86_64
 )
 @user_errors
 @buildroot_options
-def cve(_: Context, options: Any, profile: str = "default", arch: str = "x86_64", feed: str = "nvd") -> None:
+def cve(_: Context, options: Any, profile: str = "default", arch: str = HOST, feed: str = "nvd") -> None:
     """Known vulnerabilities of what is in the image (Buildroot), from a local NVD feed."""
     from hostos.build.engines import buildroot_tools
     from hostos.build.profile import load_profile
@@ -207,7 +208,7 @@ def cve(_: Context, options: Any, profile: str = "default", arch: str = "x86_64"
 
 @task(help={**PROFILE_HELP, "engine": "linux (the kernel's options, default) or buildroot"})
 @user_errors
-def render(_: Context, profile: str = "default", arch: str = "x86_64", engine: str = "linux") -> None:
+def render(_: Context, profile: str = "default", arch: str = HOST, engine: str = "linux") -> None:
     """Show a configuration as it is rendered from the features."""
     from hostos.build import render as rendering
     from hostos.build.profile import load_profile
@@ -217,13 +218,13 @@ def render(_: Context, profile: str = "default", arch: str = "x86_64", engine: s
 
 @task(
     help={
-        "os": "the build to look at (default: dist/default-x86_64)",
+        "os": "the build to look at (default: dist/default-<arch>)",
         "most": "how many lines of each kind to show",
         "compare": "another build, of whichever engine: show the differences",
     }
 )
 @user_errors
-def size(_: Context, os: str = "dist/default-x86_64", most: int = 25, compare: str = "") -> None:
+def size(_: Context, os: str = f"dist/default-{HOST}", most: int = 25, compare: str = "") -> None:
     """Show what takes the space in a build, or how two builds differ."""
     from hostos.build import size as sizes
 
@@ -298,9 +299,19 @@ def bench_traces(_: Context, rounds: int = 3) -> None:
     traces.run(rounds, Steps(Talk()))
 
 
+@task(help={"rounds": "how often each side is measured (default: 5)"})
+@user_errors
+def bench_architectures(_: Context, rounds: int = 5) -> None:
+    """aarch64 beside x86_64: exec to SSH, both emulated, and sizes."""
+    from bench import architectures
+
+    architectures.run(rounds, Steps(Talk()))
+
+
 namespace = Collection(build, render, menuconfig, source, size, graph, legal_info, sbom, cve, clean, quickstart, test)
 benchmarks = Collection("bench")
 benchmarks.add_task(bench_boot, "boot")
 benchmarks.add_task(bench_live, "live")
 benchmarks.add_task(bench_traces, "traces")
+benchmarks.add_task(bench_architectures, "architectures")
 namespace.add_collection(benchmarks)

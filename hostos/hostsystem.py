@@ -8,6 +8,17 @@ import platform
 _HOMEBREW = {"squashfs-tools": "squashfs", "squashfs-tools-ng": ""}
 
 
+def host_arch() -> str:
+    """The architecture of this machine, as uname(1) names it on Linux, and OS builds do everywhere."""
+    return canonical(platform.machine())
+
+
+def canonical(arch: str) -> str:
+    """The same for any of an architecture's names: macOS and Debian say arm64 and amd64."""
+    arch = arch.lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(arch, arch)
+
+
 def is_mac() -> bool:
     return platform.system() == "Darwin"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import programs
 import pytest
 
 from hostos.build.engines import buildroot_source
@@ -92,6 +93,16 @@ class Hostos:
         )
         return Result(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
+    @property
+    def arch(self) -> str:
+        """Of the OS under test."""
+        return str(json.loads((self.os_dir / "manifest.json").read_text())["arch"])
+
+    @property
+    def kernel(self) -> Path:
+        """What any hypervisor boots."""
+        return self.os_dir / ("Image" if self.arch == "aarch64" else "bzImage")
+
     def up(self, *words: str | Path) -> Result:
         return self("up", "--os", self.os_dir, *words)
 
@@ -147,17 +158,14 @@ def os_dir() -> Path:
     from hostos.errors import UserError
     from hostos.machine import os_image
 
-    directory = Path(os.environ.get("HOSTOS_TEST_OS", REPOSITORY / "dist" / "default-x86_64"))
+    directory = programs.OS_DIRECTORY
     try:
-        os_image.load(directory)
+        image = os_image.load(directory)
     except UserError as error:
         pytest.skip(f"needs an OS build (invoke build): {error.message}")
-    if not shutil.which("qemu-system-x86_64"):
-        pytest.skip("needs qemu-system-x86_64")
+    if not shutil.which(f"qemu-system-{image.arch}"):
+        pytest.skip(f"needs qemu-system-{image.arch}")
     return directory
-
-
-MakeHostos = Callable[[], Hostos]
 
 
 @contextlib.contextmanager
@@ -169,6 +177,12 @@ def _hostos(os_dir: Path, name: str = "home") -> Iterator[Hostos]:
             yield command
         finally:
             command.clean_up()
+
+
+@pytest.fixture(scope="session")
+def hostos_with() -> Callable[[Path], contextlib.AbstractContextManager[Hostos]]:
+    """The command with an empty home and an OS of the test's own."""
+    return _hostos
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hostos.errors import UserError
+from hostos.hostsystem import canonical
 
 SCHEMA = 1
 ARCHES = ("x86_64", "aarch64")
@@ -106,6 +107,7 @@ def load_profile(name: str, arch: str, configs: Path = CONFIGS) -> Profile:
     Raises `UserError` for an unknown profile, feature, architecture or key, a value of the wrong
     type, a missing requirement, or two features that want different values of one symbol.
     """
+    arch = canonical(arch)
     if arch not in ARCHES:
         raise UserError(f"unknown architecture {arch!r}", f"one of: {', '.join(ARCHES)}")
     file = _find(configs / "profiles", name, "profile")

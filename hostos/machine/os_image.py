@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hostos.errors import UserError
+from hostos.hostsystem import canonical, host_arch
 from hostos.machine.files import Unreadable, read_json
 from hostos.paths import data_dir
+
+__all__ = ["ARCHITECTURES", "OsImage", "canonical", "find", "host_arch", "load", "verify"]
 
 MANIFEST = "manifest.json"
 KIND = "hostos-os"
@@ -52,17 +54,6 @@ class OsImage:
         if self.by_path:
             return self.by_path[1]
         return self.directory / ("initrd.lz4" if "initrd.lz4" in self.files else "initrd.gz")
-
-
-def host_arch() -> str:
-    """The architecture of this machine, as OS builds name it."""
-    return canonical(platform.machine())
-
-
-def canonical(arch: str) -> str:
-    """An architecture as OS builds name it: macOS and Debian call them arm64 and amd64."""
-    arch = arch.lower()
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(arch, arch)
 
 
 def find(explicit: Path | None, *, arch: str | None = None, cwd: Path | None = None) -> OsImage:

@@ -255,10 +255,11 @@ def test_not_ready_in_time(hostos: Any) -> None:
 
 def qemu_wrapper(hostos: Any, script: str) -> None:
     """Puts a program in QEMU's place that changes its command line."""
-    real = shutil.which("qemu-system-x86_64")
+    name = f"qemu-system-{hostos.arch}"
+    real = shutil.which(name)
     place = hostos.home.parent / "bin"
     place.mkdir()
-    wrapper = place / "qemu-system-x86_64"
+    wrapper = place / name
     wrapper.write_text(f"#!{sys.executable}\nimport os, sys\nreal = {real!r}\nline = sys.argv[1:]\n{script}\n")
     wrapper.chmod(0o755)
     hostos.environment["PATH"] = f"{place}:{os.environ['PATH']}"

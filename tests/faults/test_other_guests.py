@@ -5,16 +5,15 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import static_busybox
 
 from hostos import cpio
 
 pytestmark = [pytest.mark.boot, pytest.mark.fault]
-BUSYBOX = shutil.which("busybox")
 
 INIT = """#!/bin/busybox sh
 /bin/busybox mkdir -p /proc /dev
@@ -32,14 +31,11 @@ GREETER = """/bin/busybox ifconfig eth0 10.0.2.15 up
 
 def stranger(path: Path, commands: str) -> Path:
     """An initrd with BusyBox as all there is."""
-    data = Path(BUSYBOX or "").read_bytes()
-    if b"/ld-linux" in data or b"ld-musl" in data:
-        pytest.skip("busybox is not statically linked here")
     out = io.BytesIO()
     cpio.write_newc(
         [
             cpio.directory("bin"),
-            cpio.file("bin/busybox", data, 0o755),
+            cpio.file("bin/busybox", static_busybox(), 0o755),
             cpio.file("init", INIT.format(commands).encode(), 0o755),
         ],
         out,
@@ -49,7 +45,7 @@ def stranger(path: Path, commands: str) -> Path:
 
 
 def test_our_own_by_path(hostos: Any) -> None:
-    kernel, initrd = hostos.os_dir / "bzImage", hostos.os_dir / "initrd.gz"
+    kernel, initrd = hostos.kernel, hostos.os_dir / "initrd.gz"
     up = hostos("up", "--kernel", kernel, "--initrd", initrd, "--append", "some.word=1", "--json").json()
     assert (up["reached"], up["failed_units"]) == ("system", [])
     line = hostos("ssh", "--", "cat", "/proc/cmdline").ok().out
@@ -64,11 +60,10 @@ def test_our_own_by_path(hostos: Any) -> None:
     assert "some.word" not in command[command.index("-append") + 1]
 
 
-@pytest.mark.skipif(BUSYBOX is None, reason="busybox is not installed")
 def test_a_guest_without_ssh(hostos: Any, tmp_path: Path) -> None:
     hostos.environment["HOSTOS_TIMEOUT_SCALE"] = "0.5"
     initrd = stranger(tmp_path / "initrd.gz", "")
-    up = hostos("up", "-m", "box", "--kernel", hostos.os_dir / "bzImage", "--initrd", initrd, "--memory", "128")
+    up = hostos("up", "-m", "box", "--kernel", hostos.kernel, "--initrd", initrd, "--memory", "128")
     assert up.status == 0, up.err
     assert "the guest runs, but no SSH server answers in it. Its console: hostos console -m box" in up.err
     assert "RUNNING after" in up.err
@@ -83,11 +78,10 @@ def test_a_guest_without_ssh(hostos: Any, tmp_path: Path) -> None:
     assert stopped["clean"] is False
 
 
-@pytest.mark.skipif(BUSYBOX is None, reason="busybox is not installed")
 def test_a_guest_with_an_ssh_server_that_is_not_ours(hostos: Any, tmp_path: Path) -> None:
     hostos.environment["HOSTOS_TIMEOUT_SCALE"] = "0.2"
     initrd = stranger(tmp_path / "initrd.gz", GREETER)
-    up = hostos("up", "--kernel", hostos.os_dir / "bzImage", "--initrd", initrd, "--memory", "128")
+    up = hostos("up", "--kernel", hostos.kernel, "--initrd", initrd, "--memory", "128")
     assert up.status == 0, up.err
     assert "an SSH server answers, but it is not ours to use" in up.err
     assert hostos("status", "--json").json()["reached"] == "ssh"
@@ -95,7 +89,7 @@ def test_a_guest_with_an_ssh_server_that_is_not_ours(hostos: Any, tmp_path: Path
 
 
 def test_what_is_no_guest(hostos: Any, tmp_path: Path) -> None:
-    kernel, initrd = hostos.os_dir / "bzImage", hostos.os_dir / "initrd.gz"
+    kernel, initrd = hostos.kernel, hostos.os_dir / "initrd.gz"
     (tmp_path / "empty").touch()
     for words, says in [
         (["--kernel", initrd], "is no Linux kernel"),

@@ -118,6 +118,6 @@ def test_a_plan_for_arm(both: tuple[Path, Path], tmp_path: Path) -> None:
 def test_the_architecture_of_a_machine_that_does_not_run(both: tuple[Path, Path], home: Path) -> None:
     assert launcher.architecture("box") == "x86_64"
     instance = Instance.named("box")
-    instance.make_directories()
+    instance.directory.mkdir(parents=True)
     launcher.write_json(instance.config_file, replace(UpOptions(), arch="aarch64").to_json())
     assert launcher.architecture("box") == "aarch64"
