@@ -142,7 +142,7 @@ class WebPieces:
             if ahead or flight.running:
                 return
             # One that waits for its turn among those fetched ahead is overtaken.
-        flight = self._under_way[piece] = _Flight(awaited=not ahead)
+        flight = self._under_way[piece] = _Flight(awaited=not ahead, running=not ahead)
         self._nursery.start_soon(self._fetch, piece, flight)
 
     def forget(self, piece: int) -> None:
@@ -164,7 +164,6 @@ class WebPieces:
                 flight.running = True
                 data = await self.servers.ask(wanted) if current() else None
         else:
-            flight.running = True
             data = await self.servers.ask(wanted)
         pause = PAUSES[0]
         while data is None and flight.awaited and current():

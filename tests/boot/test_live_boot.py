@@ -4,8 +4,12 @@ import hashlib
 import io
 import json
 import shutil
+import signal
+import socket
 import subprocess
 import tarfile
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -153,9 +157,10 @@ def test_a_user_nobody_can_look_up_is_told(boot, session_hostos, tmp_path):
     assert "getent" in done.err
 
 
-def test_it_has_no_network_and_no_way_to_the_host(boot, image):
+def test_it_has_a_network_of_its_own_or_none_and_no_way_to_the_host(boot, image):
     digest, _ = image
-    assert boot(digest, "--", "ls", "/sys/class/net").ok().out.split() == ["lo"]
+    assert boot(digest, "--network", "none", "--", "ls", "/sys/class/net").ok().out.split() == ["lo"]
+    assert boot(digest, "--", "ls", "/sys/class/net").ok().out.split() == ["host0", "lo"]
     assert boot(digest, "--", "test", "-e", "/run/hostos").status == 1
 
 
@@ -183,6 +188,79 @@ def test_by_magnet_from_another_home(boot, image, session_hostos, tmp_path_facto
         assert boot(link, "--", "cat", "/etc/os-release").ok().out.startswith("ID=tiny")
     finally:
         stranger("seed", "stop")
+
+
+def test_from_a_web_server_and_nobody_else(boot, image, session_hostos, tmp_path_factory):
+    """A swarm of nobody: the image is not in this store, and the link names a web server only."""
+    place = tmp_path_factory.mktemp("web")
+    make_tar(place / "web.tar", 8192)
+    stranger = type(session_hostos)(place / "home", session_hostos.os_dir)
+    stranger("image", "publish", place / "web.tar", "--name", "stranger/web").ok()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    link = stranger("image", "export", "stranger/web", place / "www", "--url", url).ok().out.strip()
+    assert link.endswith(f"&ws={url}")
+    server = subprocess.Popen([BUSYBOX, "httpd", "-f", "-p", f"127.0.0.1:{port}", "-h", str(place / "www")])
+    try:
+        assert boot(link, "--", "cat", "/etc/os-release").ok().out.startswith("ID=tiny")
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_private_image_needs_its_link(boot, image, session_hostos, tmp_path_factory):
+    place = tmp_path_factory.mktemp("private")
+    make_tar(place / "secret.tar", 8192)
+    stranger = type(session_hostos)(place / "home", session_hostos.os_dir)
+    try:
+        digest = stranger("image", "publish", place / "secret.tar", "--name", "stranger/secret", "--private").ok().out
+        digest = digest.strip()
+        peer = f"127.0.0.1:{json.loads(stranger('seed', 'start', '--json').ok().out)['port']}"
+        (place / "link").write_text(stranger("image", "link", "stranger/secret", "--peer", peer).ok().out)
+        key = (place / "link").read_text().partition("#")[2].strip()
+        assert len(key) == 43
+        done = boot(f"@{place / 'link'}", "--name", "secret", "--", "cat", "/etc/os-release").ok()
+        assert done.out.startswith("ID=tiny")
+        # From standard input, of which the container gets the rest.
+        done = boot("@-", "--", "cat", input=(place / "link").read_text() + "for the container").ok()
+        assert done.out == "for the container"
+        # Without the key, and with another.
+        done = boot(digest, "--peer", peer, "--", "true")
+        assert done.status == 2
+        assert "is private, and its key was not given" in done.err
+        (place / "other").write_text((place / "link").read_text().replace(key, "A" * 43))
+        done = boot(f"@{place / 'other'}", "--", "true")
+        assert "the key is not this image's" in done.err
+        # Nowhere in the machine, but in the memory of the kernel; nor on this host beside the link.
+        everywhere = "grep -rlF {} /run /var /etc /proc/[0-9]*/cmdline /proc/keys 2>/dev/null; journalctl | grep -cF {}"
+        found = session_hostos("ssh", "-m", "live", "--", everywhere.format(key, key))
+        assert found.out.split() == ["0"]
+    finally:
+        stranger("seed", "stop")
+
+
+def test_a_port_of_the_container_on_this_host(boot, image, session_hostos):
+    digest, _ = image
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    script = "echo hello > /tmp/index.html; exec busybox httpd -f -p 8080 -h /tmp"
+    words = ("container", "boot", "-m", "live", digest, "--publish", f"{port}:8080", "--", "sh", "-c", script)
+    server = session_hostos.start(*words)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20) as answer:
+                    assert answer.read() == b"hello\n"
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    assert f":{port}:" not in session_hostos("port", "ls", "-m", "live").ok().out
 
 
 def test_nobody_has_it(boot):

@@ -166,8 +166,11 @@ def test_layers_are_web_seeds_for_other_clients(web: Web, published: Published, 
     session.apply_settings({"ssrf_mitigation": False})
     handle = session.add_torrent(parameters)
     wait_until(lambda: handle.status().is_seeding, 60)
+    # A finished piece is not yet in the file.
+    handle.flush_cache()
+    wanted = published.layer.read_bytes()
+    wait_until(lambda: (tmp_path / published.layer_torrent.name).read_bytes() == wanted, 60)
     session.remove_torrent(handle)
-    assert (tmp_path / published.layer_torrent.name).read_bytes() == published.layer.read_bytes()
 
 
 def test_busybox_httpd_serves(daemon: Daemon, exported: Path, published: Published) -> None:
