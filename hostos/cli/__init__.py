@@ -34,6 +34,7 @@ COMMANDS = {
     "ip": "machine",
     "port": "port",
     "disk": "disk",
+    "memory": "memory",
     "template": "template",
     "logs": "console",
     "ssh-config": "ssh",

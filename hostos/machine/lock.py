@@ -34,7 +34,7 @@ def locked(path: Path, machine: str, verb: str, *, wait: float = 0.0) -> Iterato
     """
     give_up = time.monotonic() + max(wait, _PATIENCE)
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(path.open("ab+"))
+        stream = stack.enter_context(path.open("ab+", buffering=0))
         while not (_try(stream.fileno(), fcntl.LOCK_EX) and _is_there(path, stream.fileno())):
             if time.monotonic() > give_up:
                 other = _read(path)
@@ -48,14 +48,15 @@ def locked(path: Path, machine: str, verb: str, *, wait: float = 0.0) -> Iterato
                 # The machine was removed meanwhile; perhaps it has been made anew.
                 stream.close()
                 try:
-                    stream = stack.enter_context(path.open("ab+"))
+                    stream = stack.enter_context(path.open("ab+", buffering=0))
                 except FileNotFoundError:
                     raise UserError(
                         f"machine {machine!r} was removed meanwhile", "hostos ls shows all machines"
                     ) from None
         stream.truncate(0)
-        stream.write(json.dumps({"verb": verb, "pid": os.getpid()}).encode())
-        stream.flush()
+        # Only for others to read: a machine on a full disk must not be kept from being powered off.
+        with contextlib.suppress(OSError):
+            stream.write(json.dumps({"verb": verb, "pid": os.getpid()}).encode())
         try:
             yield
         finally:

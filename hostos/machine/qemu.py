@@ -123,7 +123,7 @@ def command(config: Config) -> list[str]:
         options += disk.options(config.disk)
     options += share.options(config.shares)
     if config.reclaim:
-        options.append(["-device", "virtio-balloon-pci,free-page-reporting=on"])
+        options.append(["-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on"])
     return [str(config.binary), *(word for option in options for word in option)]
 
 

@@ -178,3 +178,24 @@ def test_memory_the_guest_frees_comes_back(hostos: Any) -> None:
     while resident() > full - 50:
         assert time.monotonic() < give_up, (before, full, resident())
         time.sleep(0.5)
+
+    def total_mib() -> int:
+        return int(hostos("run", "--", "free", "-m").ok().out.splitlines()[1].split()[3])
+
+    # More than that is taken from it, and given back, while it runs.
+    assert hostos("memory", "--json").json()["now_mib"] == 512
+    free = total_mib()
+    assert hostos("memory", "256").ok().out == "256 of 512 MiB\n"
+    assert total_mib() < free - 200
+    for wrong, says in (("60", "the OS alone needs"), ("2G", "cannot have more"), ("much", "is not an amount")):
+        refused = hostos("memory", wrong)
+        assert (refused.status, says in refused.err) == (2, True), refused.err
+    assert hostos("memory", "512", "--json").json()["now_mib"] == 512
+    assert total_mib() > free - 50
+    # What it needs is not taken from it: it keeps what it had.
+    hostos("ssh", "--", "head -c 250000000 /dev/zero > /tmp/big").ok()
+    hostos.environment["HOSTOS_TIMEOUT_SCALE"] = "0.2"
+    failed = hostos("memory", "200")
+    assert failed.status == 1
+    assert "it has 512 again" in failed.err
+    assert hostos("ssh", "--", "rm /tmp/big; echo fine").ok().out == "fine\n"

@@ -280,6 +280,75 @@ def test_qemu_refuses_its_options(hostos: Any) -> None:
     nothing_left(hostos)
 
 
+def test_qemu_gets_no_memory(hostos: Any) -> None:
+    """The host refuses it the guest's memory: QEMU ends at once and says so."""
+    qemu_wrapper(
+        hostos,
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\nos.execv(real, [real, *line])",
+    )
+    failed = hostos.up("--accel", "tcg", "--memory", "3000")
+    assert failed.status == 1
+    assert "QEMU ended with status 1" in failed.err
+    assert "memory" in failed.err.partition("ended with status 1")[2]
+    nothing_left(hostos)
+
+
+def test_the_monitor_socket_is_gone(hostos: Any) -> None:
+    """Somebody tidied the runtime directory: QEMU can't be asked, the guest can still be powered off."""
+    works(hostos)
+    (hostos.home / "run" / "m" / "default" / "monitor.sock").unlink()
+    facts = hostos("status", "--json").json()
+    assert (facts["state"], "does not answer" in facts["reason"]) == ("unresponsive", True)
+    refused = hostos.up()
+    assert refused.status == 2
+    assert "hostos kill" in refused.err
+    for command in (["port", "add", "28080:80"], ["suspend"]):
+        failed = hostos(*command)
+        assert failed.status in (1, 2), command
+        assert "Traceback" not in failed.err
+    assert hostos("down", "--json").json()["clean"] is True
+    nothing_left(hostos)
+
+
+def test_a_guest_that_never_prints(hostos: Any) -> None:
+    """Under emulation nothing need be printed; the time for the whole start ends it."""
+    qemu_wrapper(
+        hostos,
+        "for option in ('-kernel', '-initrd', '-append'):\n"
+        "    place = line.index(option)\n"
+        "    del line[place:place + 2]\n"
+        "os.execv(real, [real, *line])",
+    )
+    failed = hostos.up("--accel", "tcg", "--timeout", "6")
+    assert failed.status == 1
+    assert "not ready within 6 s" in failed.err
+    assert "the guest printed nothing" in failed.err
+    nothing_left(hostos)
+
+
+def test_a_guest_without_sshd(hostos: Any) -> None:
+    hostos.environment["HOSTOS_TIMEOUT_SCALE"] = "0.1"
+    failed = hostos.up("--append", "systemd.mask=ssh.service")
+    assert failed.status == 1
+    assert "no SSH server answers on 127.0.0.1:" in failed.err
+    assert "HOSTOS_TIMEOUT_SCALE" in failed.err
+    nothing_left(hostos)
+
+
+def test_sshd_dies_later(hostos: Any) -> None:
+    """The guest starts it again; sessions live on."""
+    works(hostos)
+    session = hostos.start("run", "--", "sh", "-c", "echo here; sleep 8; echo still here")
+    assert session.stdout.readline() == b"here\n"
+    hostos("ssh", "--", "kill -9 $(systemctl show -P MainPID ssh.service)").ok()
+    give_up = time.monotonic() + 60
+    while hostos("ssh", "--", "echo fine").out != "fine\n":
+        assert time.monotonic() < give_up
+    out, err = session.communicate(timeout=60)
+    assert (session.returncode, out) == (0, b"still here\n"), err
+    assert hostos("down", "--json").json()["clean"] is True
+
+
 def test_an_accelerator_under_which_no_guest_ever_prints(hostos: Any) -> None:
     """The device is fine, the flags are, and nothing happens: a machine without anything to boot."""
     qemu_wrapper(
