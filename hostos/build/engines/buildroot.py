@@ -90,16 +90,17 @@ class BuildrootEngine:
     def build(self, profile: Profile, steps: Steps) -> Built:
         source, toolchain = self.tools(profile, steps)
         key = self._key(profile, source, toolchain)
-        if found := cache.find("buildroot", key):
+        output = self._output(profile, source, toolchain)
+        if found := find_result(key, output):
             steps.note("Buildroot's result is in the cache: nothing it depends on has changed")
-            return self._built(profile, source, toolchain, found, self._output(profile, source, toolchain))
+            return self._built(profile, source, toolchain, found, output)
         with ExitStack() as turn:
             with steps.step("configuration") as step:
-                turn.enter_context(cache.alone(self._output(profile, source, toolchain).name, step))
+                turn.enter_context(cache.alone(output.name, step))
                 prepared = self.prepare(profile, source, toolchain)
                 step.detail = f"{len(prepared.info)} packages"
             # Whoever was waited for may have made it.
-            if cache.find("buildroot", key) is None:
+            if find_result(key, output) is None:
                 if self.options.offline:
                     check_sources(prepared)
                 with steps.step("packages") as step:
@@ -108,7 +109,7 @@ class BuildrootEngine:
                     self._collect(profile, prepared, key, step)
         result = cache.find("buildroot", key)
         assert result is not None
-        return self._built(profile, source, toolchain, result, prepared.output)
+        return self._built(profile, source, toolchain, result, output)
 
     def tools(self, profile: Profile, steps: Steps) -> tuple[Source, Toolchain]:
         """What to build with. Raises `UserError` when the machine or an option is not fit for it."""
@@ -256,6 +257,7 @@ class BuildrootEngine:
             (result / "tree.pickle").write_bytes(pickle.dumps(tree.entries))
             facts = {
                 "kernel_version": version,
+                "python": any(path.startswith("usr/bin/python3.") for path in tree.entries),
                 "components": [
                     [name, version_of(package), package.get("licenses") or ""]
                     for name, package in sorted(prepared.info.items())
@@ -271,14 +273,12 @@ class BuildrootEngine:
         names = ("buildroot.defconfig", "buildroot.config", "linux.config")
         configs = {name: (result / name).read_text() for name in names}
         configs["linux.fragment"] = linux_config(profile)
-        python = output / "host/bin/python3"
 
         def compile_python(tree: Tree) -> None:
-            buildroot_tree.compile_python(tree, python)
+            buildroot_tree.compile_python(tree, output / PYTHON)
 
         # Our own cache in the user's own directory, written above: as trustworthy as this program.
         tree = Tree(pickle.loads((result / "tree.pickle").read_bytes()))
-        has_python = any(path.startswith("usr/bin/python3.") for path in tree.entries)
         return Built(
             kernel_version=facts["kernel_version"],
             image=result / IMAGE[profile.arch],
@@ -295,7 +295,7 @@ class BuildrootEngine:
                 "defconfig_sha256": buildroot_config.digest(configs["buildroot.defconfig"]),
                 "linux_config_sha256": hashlib.sha256(configs["linux.config"].encode()).hexdigest(),
             },
-            compile_python=compile_python if has_python else None,
+            compile_python=compile_python if facts["python"] else None,
         )
 
     def _output(self, profile: Profile, source: Source, toolchain: Toolchain) -> Path:
@@ -333,6 +333,18 @@ class BuildrootEngine:
 
 
 STATE = "hostos.state.json"
+# Buildroot's own interpreter for the build machine, which makes the byte code of the guest's modules.
+PYTHON = "host/bin/python3"
+
+
+def find_result(key: str, output: Path) -> Path | None:
+    """The finished result of `key`, None when there is none. One that needs the interpreter in `output`
+    counts only while that is there: a result outlives an output directory removed to make room."""
+    found = cache.find("buildroot", key)
+    if found is None:
+        return None
+    facts = json.loads((found / "facts.json").read_text())
+    return found if not facts["python"] or (output / PYTHON).exists() else None
 
 
 def _text(path: Path | None) -> str:

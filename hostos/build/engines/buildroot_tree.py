@@ -161,5 +161,8 @@ def compile_python(tree: Tree, interpreter: Path) -> None:
     """Replace every `.py` of `tree` by the byte code of Buildroot's own Python for the build machine,
     which is the guest's version. Raises `UserError` (status 1) when it is gone or a module is wrong."""
     if not interpreter.exists():
-        raise failure(f"Buildroot's Python is gone ({interpreter})", "invoke build --engine buildroot --clean")
+        raise failure(
+            f"Buildroot's Python is gone ({interpreter})",
+            "the same command again: it is made anew",
+        )
     bytecode.compile_with([interpreter, "-I", "-S"], tree, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hostos.build import cache
 from hostos.build.engines import buildroot, buildroot_host, buildroot_kernel, buildroot_source
 from hostos.build.engines.buildroot import BuildrootEngine, Options, overridden_packages
 from hostos.build.engines.buildroot_plan import Plan, owning_package, plan
@@ -273,6 +275,22 @@ def test_offline_lists_what_is_missing(tmp_path: Path) -> None:
         buildroot.check_sources(prepared)
     assert "there-1" not in caught.value.message
     assert "hostos-live" not in caught.value.message
+
+
+def test_a_result_that_needs_the_output_directory_is_found_only_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOSTOS_HOME", str(tmp_path / "home"))
+    output = tmp_path / "output"
+    for key, python in (("with", True), ("without", False)):
+        with cache.create("buildroot", key) as result:
+            (result / "facts.json").write_text(json.dumps({"python": python}))
+    assert buildroot.find_result("absent", output) is None
+    assert buildroot.find_result("without", output) is not None
+    assert buildroot.find_result("with", output) is None
+    (output / buildroot.PYTHON).parent.mkdir(parents=True)
+    (output / buildroot.PYTHON).touch()
+    assert buildroot.find_result("with", output) is not None
 
 
 def test_a_path_make_cannot_hold_is_refused_before_anything_is_fetched(
