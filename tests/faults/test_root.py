@@ -44,6 +44,11 @@ def image(session_hostos: Any, archive: Path) -> Iterator[str]:
     session_hostos("seed", "stop")
 
 
+def up(hostos: Any, *words: str) -> Any:
+    """`hostos up`: a whole Debian starts, each of its blocks fetched as it is read."""
+    return hostos("up", "--os", hostos.os_dir, *words, timeout=1500)
+
+
 def said(hostos: Any, *words: str) -> str:
     return str(hostos("ssh", "--", *words).ok().out.strip())
 
@@ -60,7 +65,7 @@ def cold_file(archive: Path) -> tuple[str, str]:
 
 def test_an_image_is_the_machines_system(session_hostos: Any, image: str, archive: Path) -> None:
     hostos = session_hostos
-    facts = hostos.up("--root", "test/system", "--json").json()
+    facts = up(hostos, "--root", "test/system", "--json").json()
     assert facts["root"] == image
     assert facts["failed_units"] == []
     stages = [stage["name"] for stage in facts["stages"]]
@@ -93,14 +98,14 @@ def test_an_image_is_the_machines_system(session_hostos: Any, image: str, archiv
 
 def test_changes_are_gone_unless_they_are_kept(session_hostos: Any, image: str) -> None:
     hostos = session_hostos
-    hostos.up("--root", image, "--disk", "1G", "--persist").ok()
+    up(hostos, "--root", image, "--disk", "1G", "--persist").ok()
     # What the machine before has written was in memory; if that test was left out, there was nothing either.
     assert hostos("ssh", "--", "test", "-e", "/root/changed").status == 1
     identity = said(hostos, "cat", "/etc/machine-id")
     said(hostos, "echo mine > /root/kept; dpkg-divert --list > /dev/null; rm /etc/os-release")
     assert hostos("down", "--json").json()["clean"]
     # As last time, without a word.
-    assert hostos("run", "--", "cat", "/root/kept").ok().out == "mine\n"
+    assert hostos("run", "--", "cat", "/root/kept", timeout=1500).ok().out == "mine\n"
     assert hostos("ssh", "--", "test", "-e", "/etc/os-release").status == 1
     assert said(hostos, "cat", "/etc/machine-id") == identity
     hostos("kill").ok()
