@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from hostos.mirror.catalogue import Catalogue, Known, StoredRelease
 from hostos.mirror.contents import Contents, Wanted
 from hostos.mirror.documents import Document, Fetcher, http_date
 from hostos.mirror.errors import MissingError, RefusedError, UnreachableError, UnverifiedError
-from hostos.mirror.indexes import COMPRESSIONS, kind_of
+from hostos.mirror.indexes import COMPRESSIONS, READ_ERRORS, kind_of, read
 from hostos.mirror.location import to_url
 from hostos.mirror.signatures import Keys, verify_detached, verify_inline
 from hostos.mirror.upstreams import Apt
@@ -30,6 +31,8 @@ FRESH_S = 2.0
 LOOK_AGAIN_S = 20.0
 """Indexes are not looked through again within this time (s) for a file that they don't name."""
 MAX_SIGNATURE = 1 << 20
+SMALL_INDEX = 256 << 10
+"""Bytes, packed: read within a few milliseconds."""
 
 Result = TypeVar("Result")
 
@@ -150,12 +153,14 @@ class AptArchives:
     ) -> _Fetched | None:
         """A Release whose signature is good; None if the stored one is still the newest."""
         url = "/".join(filter(None, (entries[0].url, directory)))
+        count = partial(self.contents.ledger.count, entries[0].base)
         since = stored.modified if stored and stored.inline else ""
         try:
             document = await self.fetcher.get(f"{url}/{INLINE}", releases.MAX_SIZE, since)
         except MissingError:
             document = await self.fetcher.get(f"{url}/{TEXT}", releases.MAX_SIZE)
             assert document
+            count(from_mirror=len(document.body))
             try:
                 signature = await self.fetcher.get(f"{url}/{SIGNATURE}", MAX_SIGNATURE)
             except MissingError:
@@ -166,6 +171,7 @@ class AptArchives:
         if document is None:
             return None
         body = document.body
+        count(from_mirror=len(body))
         text = await _by_any(entries, lambda keys: verify_inline(body, keys, f"{root}/{INLINE}"))
         return _Fetched(body, text, b"", document.modified)
 
@@ -265,7 +271,15 @@ class AptArchives:
 async def read_index(
     database: Path, file: Path, known: Known, base: str, kind: str, log: Callable[[str], None], one: asyncio.Semaphore
 ) -> bool:
-    """Run the index reader; whether it could read it."""
+    """Run the index reader (a small index needs no process of its own); whether it could read it."""
+    if known.size <= SMALL_INDEX:
+        try:
+            count = await asyncio.to_thread(_read_here, database, file, known, base, kind)
+        except READ_ERRORS as error:
+            log(f"index {known.location}: {error}")
+            return False
+        log(f"index {known.location}: {count} files")
+        return True
     command = [sys.executable, "-m", "hostos.mirror.indexes", "--database", str(database), "--file", str(file)]
     command += ["--location", known.location, "--base", base, "--kind", kind, "--sha256", known.sha256]
     async with one:
@@ -283,6 +297,14 @@ async def read_index(
         return False
     log(f"index {known.location}: {output.decode().strip()} files")
     return True
+
+
+def _read_here(database: Path, file: Path, known: Known, base: str, kind: str) -> int:
+    catalogue = Catalogue(database)
+    try:
+        return read(catalogue, file, known.location, base, kind, known.sha256)
+    finally:
+        catalogue.close()
 
 
 @dataclass(frozen=True)

@@ -327,6 +327,8 @@ async def _run(
 ) -> None:
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stdout)
     logging.getLogger("aiohttp.server").addFilter(_expected)
+    # It warns, with a traceback, whenever a network is away.
+    logging.getLogger("zeroconf").setLevel(logging.ERROR)
     await Worker(settings, place, data, upstreams).run(ready)
 
 
