@@ -144,9 +144,10 @@ class Lan:
     def serve(self, stack: ExitStack, root: Path) -> None:
         command = [*self.inside("mirror"), sys.executable, "-m", "bench.mirror", ADDRESSES["mirror"], str(root)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+        assert process.stdout
+        stack.callback(process.stdout.close)
         stack.callback(process.wait)
         stack.callback(process.terminate)
-        assert process.stdout
         if process.stdout.readline() != b"ready\n":
             raise failure("the mirror's web server did not start")
 

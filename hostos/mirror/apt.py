@@ -18,7 +18,7 @@ from typing import TypeVar
 from hostos.mirror import release as releases
 from hostos.mirror.catalogue import Catalogue, Known, StoredRelease
 from hostos.mirror.contents import Contents, Wanted
-from hostos.mirror.documents import Document, Fetcher, http_date
+from hostos.mirror.documents import PATIENCE_S, SHORT_PATIENCE_S, Document, Fetcher, http_date
 from hostos.mirror.errors import MissingError, RefusedError, UnreachableError, UnverifiedError
 from hostos.mirror.indexes import COMPRESSIONS, READ_ERRORS, kind_of, read
 from hostos.mirror.location import to_url
@@ -28,6 +28,8 @@ from hostos.mirror.upstreams import Apt
 INLINE, TEXT, SIGNATURE = "InRelease", "Release", "Release.gpg"
 FRESH_S = 2.0
 """A Release asked for again within this time (s) is not looked at upstream."""
+AWAY_S = 15.0
+"""A mirror that did not answer is not asked for a Release again within this time (s)."""
 LOOK_AGAIN_S = 20.0
 """Indexes are not looked through again within this time (s) for a file that they don't name."""
 MAX_SIGNATURE = 1 << 20
@@ -54,6 +56,7 @@ class AptArchives:
     _reading: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _looking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _looked: dict[str, float] = field(default_factory=dict)
+    _away: dict[str, float] = field(default_factory=dict)
     _one_reader: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     async def resolve(self, location: str, entries: Sequence[Apt]) -> Document | Wanted:
@@ -108,7 +111,8 @@ class AptArchives:
     async def _release(self, entries: Sequence[Apt], directory: str, root: str) -> StoredRelease:
         of_suite = [entry for entry in entries if directory in entry.roots()] or list(entries)
         stored = self.catalogue.release(root)
-        if stored and (self.offline or time.time() - stored.fetched < FRESH_S):
+        away = time.monotonic() < self._away.get(entries[0].base, 0.0)
+        if stored and (self.offline or away or time.time() - stored.fetched < FRESH_S):
             return self._still_valid(stored, of_suite)
         if self.offline:
             raise UnreachableError(f"{root}/{INLINE} is not in the cache, which is offline")
@@ -118,6 +122,7 @@ class AptArchives:
             if stored is None:
                 raise
             self.log(f"{root}: {error.reason}; what was verified before is served")
+            self._away[entries[0].base] = time.monotonic() + AWAY_S
             return self._still_valid(stored, of_suite)
         if found is None:
             assert stored
@@ -155,8 +160,9 @@ class AptArchives:
         url = "/".join(filter(None, (entries[0].url, directory)))
         count = partial(self.contents.ledger.count, entries[0].base)
         since = stored.modified if stored and stored.inline else ""
+        patience = SHORT_PATIENCE_S if stored else PATIENCE_S
         try:
-            document = await self.fetcher.get(f"{url}/{INLINE}", releases.MAX_SIZE, since)
+            document = await self.fetcher.get(f"{url}/{INLINE}", releases.MAX_SIZE, since, patience)
         except MissingError:
             document = await self.fetcher.get(f"{url}/{TEXT}", releases.MAX_SIZE)
             assert document

@@ -31,14 +31,17 @@ POLL_S = 0.05
 
 
 class Finder:
-    """`port`: of the peers' HTTP server, 0 if it serves none and hence announces nothing; `has`: is the
+    """`host`, `port`: of the peers' HTTP server, empty and 0 if it serves none and hence announces nothing; `has`: is the
     file (still) in the store?"""
 
     def __init__(
         self, host: str, nodes: list[tuple[str, int]], cluster: Cluster, port: int, has: Callable[[str], bool]
     ) -> None:
         self.cluster, self.port, self._has = cluster, port, has
-        self._on_loopback = host.startswith("127.") or host == "::1"
+        loopback = [name.startswith("127.") or name == "::1" for name in (host, *dict(nodes))]
+        self._on_loopback = any(loopback)
+        # libtorrent's 0.0.0.0 is every address but the loopback's.
+        host = host or ("127.0.0.1" if all(loopback[1:]) else "0.0.0.0")
         self.session: Any = libtorrent.session(
             {
                 "listen_interfaces": f"{host}:{port}",
