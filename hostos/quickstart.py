@@ -16,6 +16,7 @@ from hostos.build import cache
 from hostos.build.debian_archive import find_mirror
 from hostos.build.run import require, run
 from hostos.errors import failure
+from hostos.mirror.control import proxy_for
 from hostos.paths import cache_dir
 from hostos.steps import Steps, Talk
 
@@ -146,6 +147,8 @@ def demonstration_image(steps: Steps, *, fresh: bool = False) -> Path:
                 count += 1
                 step.progress(f"{count} steps, {line[:60]}")
 
+        mirror = find_mirror().main
+        proxy = proxy_for(mirror)
         try:
             run(
                 [
@@ -155,10 +158,12 @@ def demonstration_image(steps: Steps, *, fresh: bool = False) -> Path:
                     f"--include={','.join(PACKAGES)}",
                     SUITE,
                     partial,
-                    find_mirror().main,
+                    mirror,
                 ],
                 log=target.with_suffix(".log"),
                 on_line=watch,
+                # Not an option of apt's: mmdebstrap would write it into the image.
+                env={"http_proxy": proxy} if proxy else None,
             )
             partial.rename(target)
         finally:

@@ -142,10 +142,22 @@ async def stored(answer: FileAnswer, path: Path, sent: Sent, rate: Rate | None =
 
 
 async def _send(
-    response: web.StreamResponse, descriptor: int, start: int, end: int, sent: Sent, rate: Rate | None
+    response: web.StreamResponse,
+    descriptor: int,
+    start: int,
+    end: int,
+    sent: Sent,
+    rate: Rate | None = None,
+    *,
+    fresh: bool = False,
 ) -> None:
     while start < end:
-        data = await asyncio.to_thread(os.pread, descriptor, min(CHUNK, end - start), start)
+        count = min(CHUNK, end - start)
+        # What has just arrived is in memory; what lies in the store may have to come from a slow disk.
+        if fresh:
+            data = os.pread(descriptor, count, start)
+        else:
+            data = await asyncio.to_thread(os.pread, descriptor, count, start)
         if not data:
             response.force_close()
             return
@@ -166,8 +178,7 @@ async def arriving(answer: FileAnswer, download: Download, sent: Sent) -> web.St
         return answer.not_modified()
     part = answer.range()
     start, end = part or (0, answer.size)
-    generation = download.generation
-    available = await download.wait(start, 0 if start == 0 else generation)
+    available = await download.wait(start)
     generation = download.generation
     if download.tainted and not download.verified:
         for name in ("ETag", "Last-Modified", "Accept-Ranges"):
@@ -182,7 +193,7 @@ async def arriving(answer: FileAnswer, download: Download, sent: Sent) -> web.St
                     if available <= start:
                         available = await download.wait(start, generation)
                     until = min(end, available)
-                    await _send(response, descriptor, start, until, sent, None)
+                    await _send(response, descriptor, start, until, sent, fresh=True)
                     start = until
             except (RefusedError, RestartedError):
                 response.force_close()

@@ -11,15 +11,16 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from hostos.mirror import release as releases
 from hostos.mirror.catalogue import Catalogue, Known, StoredRelease
 from hostos.mirror.contents import Contents, Wanted
-from hostos.mirror.documents import Document, Fetcher, http_date
+from hostos.mirror.documents import PATIENCE_S, SHORT_PATIENCE_S, Document, Fetcher, http_date
 from hostos.mirror.errors import MissingError, RefusedError, UnreachableError, UnverifiedError
-from hostos.mirror.indexes import COMPRESSIONS, kind_of
+from hostos.mirror.indexes import COMPRESSIONS, READ_ERRORS, kind_of, read
 from hostos.mirror.location import to_url
 from hostos.mirror.signatures import Keys, verify_detached, verify_inline
 from hostos.mirror.upstreams import Apt
@@ -27,9 +28,13 @@ from hostos.mirror.upstreams import Apt
 INLINE, TEXT, SIGNATURE = "InRelease", "Release", "Release.gpg"
 FRESH_S = 2.0
 """A Release asked for again within this time (s) is not looked at upstream."""
+AWAY_S = 15.0
+"""A mirror that did not answer is not asked for a Release again within this time (s)."""
 LOOK_AGAIN_S = 20.0
 """Indexes are not looked through again within this time (s) for a file that they don't name."""
 MAX_SIGNATURE = 1 << 20
+SMALL_INDEX = 256 << 10
+"""Bytes, packed: read within a few milliseconds."""
 
 Result = TypeVar("Result")
 
@@ -51,6 +56,7 @@ class AptArchives:
     _reading: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _looking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _looked: dict[str, float] = field(default_factory=dict)
+    _away: dict[str, float] = field(default_factory=dict)
     _one_reader: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     async def resolve(self, location: str, entries: Sequence[Apt]) -> Document | Wanted:
@@ -105,7 +111,8 @@ class AptArchives:
     async def _release(self, entries: Sequence[Apt], directory: str, root: str) -> StoredRelease:
         of_suite = [entry for entry in entries if directory in entry.roots()] or list(entries)
         stored = self.catalogue.release(root)
-        if stored and (self.offline or time.time() - stored.fetched < FRESH_S):
+        away = time.monotonic() < self._away.get(entries[0].base, 0.0)
+        if stored and (self.offline or away or time.time() - stored.fetched < FRESH_S):
             return self._still_valid(stored, of_suite)
         if self.offline:
             raise UnreachableError(f"{root}/{INLINE} is not in the cache, which is offline")
@@ -115,6 +122,7 @@ class AptArchives:
             if stored is None:
                 raise
             self.log(f"{root}: {error.reason}; what was verified before is served")
+            self._away[entries[0].base] = time.monotonic() + AWAY_S
             return self._still_valid(stored, of_suite)
         if found is None:
             assert stored
@@ -150,12 +158,15 @@ class AptArchives:
     ) -> _Fetched | None:
         """A Release whose signature is good; None if the stored one is still the newest."""
         url = "/".join(filter(None, (entries[0].url, directory)))
+        count = partial(self.contents.ledger.count, entries[0].base)
         since = stored.modified if stored and stored.inline else ""
+        patience = SHORT_PATIENCE_S if stored else PATIENCE_S
         try:
-            document = await self.fetcher.get(f"{url}/{INLINE}", releases.MAX_SIZE, since)
+            document = await self.fetcher.get(f"{url}/{INLINE}", releases.MAX_SIZE, since, patience)
         except MissingError:
             document = await self.fetcher.get(f"{url}/{TEXT}", releases.MAX_SIZE)
             assert document
+            count(from_mirror=len(document.body))
             try:
                 signature = await self.fetcher.get(f"{url}/{SIGNATURE}", MAX_SIGNATURE)
             except MissingError:
@@ -166,6 +177,7 @@ class AptArchives:
         if document is None:
             return None
         body = document.body
+        count(from_mirror=len(body))
         text = await _by_any(entries, lambda keys: verify_inline(body, keys, f"{root}/{INLINE}"))
         return _Fetched(body, text, b"", document.modified)
 
@@ -265,7 +277,15 @@ class AptArchives:
 async def read_index(
     database: Path, file: Path, known: Known, base: str, kind: str, log: Callable[[str], None], one: asyncio.Semaphore
 ) -> bool:
-    """Run the index reader; whether it could read it."""
+    """Run the index reader (a small index needs no process of its own); whether it could read it."""
+    if known.size <= SMALL_INDEX:
+        try:
+            count = await asyncio.to_thread(_read_here, database, file, known, base, kind)
+        except READ_ERRORS as error:
+            log(f"index {known.location}: {error}")
+            return False
+        log(f"index {known.location}: {count} files")
+        return True
     command = [sys.executable, "-m", "hostos.mirror.indexes", "--database", str(database), "--file", str(file)]
     command += ["--location", known.location, "--base", base, "--kind", kind, "--sha256", known.sha256]
     async with one:
@@ -283,6 +303,14 @@ async def read_index(
         return False
     log(f"index {known.location}: {output.decode().strip()} files")
     return True
+
+
+def _read_here(database: Path, file: Path, known: Known, base: str, kind: str) -> int:
+    catalogue = Catalogue(database)
+    try:
+        return read(catalogue, file, known.location, base, kind, known.sha256)
+    finally:
+        catalogue.close()
 
 
 @dataclass(frozen=True)

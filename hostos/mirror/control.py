@@ -63,13 +63,21 @@ def stop() -> bool:
 
 
 def proxy_url() -> str | None:
-    """The running cache as a proxy for apt on this host, None if none runs: for builds that use it by
-    themselves."""
+    """The running cache as a proxy for this host's package managers, None if none runs."""
     running = status()
     if running is None:
         return None
     local = [address for address in running["listen"] if address.startswith(("127.", "0.0.0.0:"))]
     return f"http://{local[0].replace('0.0.0.0', '127.0.0.1')}" if local else None
+
+
+def proxy_for(url: str) -> str | None:
+    """The cache as a proxy for the archive at `url`: None unless it runs here and caches that archive. For
+    whatever fetches packages: `Acquire::http::Proxy`."""
+    if not url.startswith("http://") or (proxy := proxy_url()) is None:
+        return None
+    known = upstreams.load() or upstreams.Upstreams()
+    return proxy if known.find_apt(f"{url.removeprefix('http://').rstrip('/')}/") else None
 
 
 def stats() -> dict[str, Any]:

@@ -178,9 +178,7 @@ class Worker:
             from hostos.mirror.dht import Finder
 
             nodes = [parse_address(node, "--dht") for node in settings.dht]
-            self.finder = Finder(
-                share[0] or "0.0.0.0", nodes, cluster, share[1], lambda sha256: self.store.size(sha256) is not None
-            )
+            self.finder = Finder(share[0], nodes, cluster, share[1], lambda sha256: self.store.size(sha256) is not None)
             self.contents.finder = self.finder
             for sha256, _ in self.store.walk():
                 self.finder.announce(sha256)
@@ -327,6 +325,8 @@ async def _run(
 ) -> None:
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stdout)
     logging.getLogger("aiohttp.server").addFilter(_expected)
+    # It warns, with a traceback, whenever a network is away.
+    logging.getLogger("zeroconf").setLevel(logging.ERROR)
     await Worker(settings, place, data, upstreams).run(ready)
 
 

@@ -7,6 +7,7 @@ that of the peers' HTTP server. It joins by the nodes that the user named, and k
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -30,13 +31,17 @@ POLL_S = 0.05
 
 
 class Finder:
-    """`port`: of the peers' HTTP server, 0 if it serves none and hence announces nothing; `has`: is the
+    """`host`, `port`: of the peers' HTTP server, empty and 0 if it serves none and hence announces nothing; `has`: is the
     file (still) in the store?"""
 
     def __init__(
         self, host: str, nodes: list[tuple[str, int]], cluster: Cluster, port: int, has: Callable[[str], bool]
     ) -> None:
         self.cluster, self.port, self._has = cluster, port, has
+        loopback = [name.startswith("127.") or name == "::1" for name in (host, *dict(nodes))]
+        self._on_loopback = any(loopback)
+        # libtorrent's 0.0.0.0 is every address but the loopback's.
+        host = host or ("127.0.0.1" if all(loopback[1:]) else "0.0.0.0")
         self.session: Any = libtorrent.session(
             {
                 "listen_interfaces": f"{host}:{port}",
@@ -89,7 +94,7 @@ class Finder:
                 if isinstance(alert, libtorrent.dht_get_peers_reply_alert):
                     key = bytes.fromhex(str(alert.info_hash))
                     if (found := self._waiting.get(key)) is not None:
-                        found |= {(str(host), int(port)) for host, port in alert.peers() if 0 < int(port) < 65536}
+                        found |= {(str(host), int(port)) for host, port in alert.peers() if self._plausible(host, port)}
             allowance = min(allowance + ANNOUNCES_PER_S * POLL_S, ANNOUNCES_PER_S)
             now = time.monotonic()
             while self._due and allowance >= 1:
@@ -104,6 +109,11 @@ class Finder:
                 self._due.move_to_end(sha256)
                 allowance -= 1
             await asyncio.sleep(POLL_S)
+
+    def _plausible(self, host: str, port: int) -> bool:
+        """Anybody may announce anything: not an address of this host, unless we are there ourselves."""
+        address = ipaddress.ip_address(host)
+        return 0 < port < 65536 and not address.is_unspecified and (not address.is_loopback or self._on_loopback)
 
     def status(self) -> dict[str, Any]:
         return {"nodes": [f"{host}:{port}" for host, port in self._nodes], "announced": len(self._due)}

@@ -9,10 +9,14 @@ from email.utils import formatdate, parsedate_to_datetime
 import aiohttp
 
 from hostos.mirror.errors import MissingError, UnreachableError
-from hostos.mirror.sources import MIRROR_TIMEOUT, NETWORK_ERRORS
+from hostos.mirror.sources import NETWORK_ERRORS
 
 DEADLINE_S = 60.0
 """For the whole of one."""
+PATIENCE_S = 20.0
+"""Until a mirror answers, and for each pause of it: less than the 30 s after which apt gives up on us."""
+SHORT_PATIENCE_S = 5.0
+"""The same where there is something else to serve."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,15 @@ class Fetcher:
     session: aiohttp.ClientSession
     proxy: str = ""
 
-    async def get(self, url: str, largest: int, modified: str = "") -> Document | None:
-        """The document; None if it has not changed since `modified`.
+    async def get(self, url: str, largest: int, modified: str = "", patience: float = PATIENCE_S) -> Document | None:
+        """The document; None if it has not changed since `modified`. `patience`: seconds.
 
         Raises MissingError (404) or UnreachableError, also for one of more than `largest` bytes.
         """
         headers = {"Accept-Encoding": "identity", "Cache-Control": "max-age=0"}
         if modified:
             headers["If-Modified-Since"] = modified
-        timeout = aiohttp.ClientTimeout(DEADLINE_S, sock_connect=MIRROR_TIMEOUT.sock_connect)
+        timeout = aiohttp.ClientTimeout(DEADLINE_S, sock_connect=min(10.0, patience), sock_read=patience)
         try:
             async with self.session.get(
                 url, headers=headers, timeout=timeout, max_redirects=5, proxy=self.proxy or None

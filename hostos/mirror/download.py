@@ -131,14 +131,14 @@ class Download:
             return 0
         return max(0, min(self._hashed, self.size - WITHHELD))
 
-    async def wait(self, beyond: int, generation: int) -> int:
+    async def wait(self, beyond: int, generation: int | None = None) -> int:
         """How many bytes there are, once these are more than `beyond` or all.
 
         Raises what ended the download (RefusedError), or RestartedError if bytes that were given out
-        in this `generation` have proved wrong.
+        in this `generation` (None: none yet) have proved wrong.
         """
         while True:
-            if self.generation != generation and beyond > 0:
+            if generation is not None and self.generation != generation:
                 raise RestartedError
             if self.error is not None:
                 raise self.error
@@ -199,7 +199,7 @@ class Download:
 
     async def _open(self) -> None:
         self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        known = await asyncio.to_thread(self._read_journal)
+        known = self._read_journal()
         os.truncate(self._file, self.size)
         self._journal = os.open(journal(self.partial), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         for number, names in known.items():

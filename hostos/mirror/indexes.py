@@ -19,6 +19,7 @@ import resource
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,6 +163,9 @@ def _row(base: str, name: bytes, size: bytes, digest: bytes) -> FileRow | None:
     return FileRow(f"{base}/{path}", int(size), digest.decode().lower(), "") if path else None
 
 
+READ_ERRORS = (OSError, ValueError, EOFError, MemoryError, lzma.LZMAError, tarfile.TarError, zlib.error)
+"""For what is no index, or not the one that its name says."""
+
 READERS: dict[str, Callable[[BinaryIO, str], Iterator[FileRow]]] = {
     "packages": packages, "sources": sources, "diff": diff,
 }  # fmt: skip
@@ -170,8 +174,8 @@ READERS: dict[str, Callable[[BinaryIO, str], Iterator[FileRow]]] = {
 def read(catalogue: Catalogue, path: Path, location: str, base: str, kind: str, sha256: str) -> int:
     """Add the files that the index at `path` names; returns how many.
 
-    `location` is where it came from, `base` what its file names are relative to. Raises OSError,
-    ValueError, EOFError, lzma.LZMAError or tarfile.TarError for what is no index.
+    `location` is where it came from, `base` what its file names are relative to. Raises one of
+    `READ_ERRORS`.
     """
     if kind == "pacman":
         return catalogue.put_files(pacman(path, base), location, sha256)
@@ -195,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     catalogue = Catalogue(options.database)
     try:
         print(read(catalogue, options.file, options.location, options.base, options.kind, options.sha256))
-    except (OSError, ValueError, EOFError, MemoryError, lzma.LZMAError, tarfile.TarError) as error:
+    except READ_ERRORS as error:
         print(f"{options.location}: {error}")
         return 1
     finally:

@@ -16,8 +16,8 @@ import aiohttp
 from hostos.mirror.cluster import Cluster
 from hostos.mirror.rate import Rate
 
-MIRROR_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)
-"""As long as apt itself waits (Acquire::http::Timeout)."""
+MIRROR_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=20)
+"""Less than apt waits for us (Acquire::http::Timeout: 30 s)."""
 PEER_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=2, sock_read=10)
 READ_SIZE = 1 << 18
 _RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")

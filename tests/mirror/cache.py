@@ -20,6 +20,7 @@ from hostos.mirror.upstreams import Apt, Pacman, Upstreams, save
 
 ROOT = Path(__file__).parents[2]
 SCALE = float(os.environ.get("HOSTOS_TIMEOUT_SCALE", "1"))
+background.START_DEADLINE = 30.0 * SCALE
 
 
 @dataclass

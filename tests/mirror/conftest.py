@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.archive import Archive, Keyring
 from hostos.mirror.upstreams import Apt
-from mirror.archive import Archive, Keyring
 from mirror.cache import AptClient, Cache
 from mirror.server import Web
 

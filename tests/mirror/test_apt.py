@@ -245,7 +245,7 @@ def test_indexes_of_every_kind(make_cache, web, archive, trusted, make_client):
 
 
 def test_a_flat_archive(make_cache, tmp_path, keyring, trusted, make_client):
-    from mirror.archive import Archive
+    from bench.archive import Archive
     from mirror.server import Web
 
     flat = Archive(tmp_path / "flat", keyring, suite="./")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import lzma
+import os
 import time
 
 import pytest
 
+from bench.archive import DAY
 from hostos.mirror.upstreams import Apt
-from mirror.archive import DAY
 
 INRELEASE = "dists/stable/InRelease"
 
@@ -101,6 +102,7 @@ def test_an_older_index_is_refused_also_after_a_restart(cache, web, archive, mak
     archive.publish()
     new = cache.get(f"{web.url}/{INRELEASE}").body
     (web.root / INRELEASE).write_bytes(old)
+    os.utime(web.root / INRELEASE, (time.time() + 60, time.time() + 60))
     cache.stop()
     cache.start()
     time.sleep(2.1)
@@ -122,12 +124,11 @@ def test_an_expired_one_is_not_served_when_the_mirror_is_gone(cache, web, archiv
 
 def test_an_index_that_is_not_the_signed_one(cache, web, archive, make_client):
     archive.publish(lie={"main/binary-amd64/Packages.xz": lzma.compress(b"Package: evil\n")})
-    failed = make_client(cache).update(check=False)
-    assert failed.returncode != 0
+    # apt turns to the uncompressed one.
+    make_client(cache).update()
     answer = cache.get(f"{web.url}/dists/stable/main/binary-amd64/Packages.xz")
     assert answer.status == 502
     assert "bytes, not" in answer.reason
-    # The uncompressed one is right, and is another file.
     assert all(path.read_bytes().startswith(b"Package: small") for path in cache.held())
 
 

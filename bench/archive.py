@@ -102,8 +102,8 @@ class Archive:
             control = subprocess.run(["dpkg-deb", "-f", path], capture_output=True, text=True, check=True).stdout
             with path.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            name = path.relative_to(self.root)
-            where = f"./{name}" if self.suite == "./" else str(name)
+            place = path.relative_to(self.root)
+            where = f"./{place}" if self.suite == "./" else str(place)
             paragraphs.append(f"{control}Filename: {where}\nSize: {path.stat().st_size}\nSHA256: {digest}\n")
         text = "\n".join(paragraphs).encode()
         below = "" if self.suite == "./" else "main/binary-amd64/"
