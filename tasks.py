@@ -299,7 +299,6 @@ def bench_traces(_: Context, rounds: int = 3) -> None:
     traces.run(rounds, Steps(Talk()))
 
 
-<<<<<<< HEAD
 @task(help={"rounds": "how often each side is measured (default: 5)"})
 @user_errors
 def bench_architectures(_: Context, rounds: int = 5) -> None:
@@ -307,7 +306,8 @@ def bench_architectures(_: Context, rounds: int = 5) -> None:
     from bench import architectures
 
     architectures.run(rounds, Steps(Talk()))
-=======
+
+
 @task(
     help={
         "rounds": "how often each side is measured (default: 3)",
@@ -320,7 +320,6 @@ def bench_mirror(_: Context, rounds: int = 3, large: int = 0) -> None:
     from bench import mirror
 
     mirror.run(rounds, Steps(Talk()), large)
->>>>>>> mirror
 
 
 namespace = Collection(build, render, menuconfig, source, size, graph, legal_info, sbom, cve, clean, quickstart, test)
@@ -328,9 +327,6 @@ benchmarks = Collection("bench")
 benchmarks.add_task(bench_boot, "boot")
 benchmarks.add_task(bench_live, "live")
 benchmarks.add_task(bench_traces, "traces")
-<<<<<<< HEAD
 benchmarks.add_task(bench_architectures, "architectures")
-=======
 benchmarks.add_task(bench_mirror, "mirror")
->>>>>>> mirror
 namespace.add_collection(benchmarks)

@@ -97,8 +97,13 @@ class _Build:
     def _stored_parent(self) -> StoredImage | None:
         if not self.recipe.parent:
             return None
-        reference = self.before.parent if self.before and self.before.parent else self.recipe.parent
-        found = self.parents.find(reference)
+        locked = self.before.parent if self.before and self.before.source == self.recipe.parent else ""
+        found = self.parents.find(locked or self.recipe.parent)
+        if found is None and locked:
+            raise UserError(
+                f"{self.recipe.file}: its parent {self.recipe.parent!r} is locked as {locked[:16]}…, which isn't here",
+                "get that image; or take what the name means now: --update",
+            )
         if found is None:
             where = f"{self.recipe.file}: its parent {self.recipe.parent!r}"
             raise UserError(
@@ -163,7 +168,8 @@ class _Build:
                 self.architecture = packed.architecture
                 self._add(self._keep(Made((torrent, packed.path), {}, packed.architecture)), what)
             return
-        locked = self.before.packages.get("base") if self.before else None
+        text = found.text
+        locked = self._locked(text)
         parts = {name: str(value) for name, value in vars(found).items()}
         name = key("base", parts, arch, self.now.epoch)
         made = self._known(name, what, locked)
@@ -172,9 +178,17 @@ class _Build:
                 tree = base.fetch(found, arch, self.now.epoch, place.who, place.log, inner, self.steps)
                 build_step.check_lock(tree.packages, locked, f"{self.recipe.file}: {what}")
                 made = self.cache.put(name, self._packed(tree.entries, temporary / "base", arch, tree.packages))
-        self.now.packages["base"] = made.packages
+        self.now.packages[text] = made.packages
         self.architecture = made.architecture
         self._add(made, what)
+
+    def _locked(self, text: str) -> Packages | None:
+        """What a base or a step installed last time. Raises UserError if it has to be locked and is not."""
+        found = self.before.packages.get(text) if self.before else None
+        if found is None and self.options.locked:
+            what = f"{self.recipe.file}: {text.strip()}"
+            raise UserError(f"{what} is not locked", "build it without --locked first")
+        return found
 
     def _known(self, name: str, what: str, locked: Packages | None, *, mirrored: bool = True) -> Made | None:
         """From the cache, if that may be asked; `mirrored`: what a mirror has may have changed since."""
@@ -231,7 +245,7 @@ class _Build:
         text = str(step)
         title = text.splitlines()[0][:60]
         what = f"{self.recipe.file}:{step.line}: {title}"
-        locked = self.before.packages.get(text) if self.before and step.kind == "packages" else None
+        locked = self._locked(text) if step.kind == "packages" else None
         below = [torrent.info_hash for torrent, _ in self.layers]
         settings = [sorted(place.env.items()), place.user, place.workdir, self.now.epoch]
         content = build_step.digest(build_step.copied(self.recipe, step)) if step.kind == "copy" else ""
@@ -277,7 +291,7 @@ class _Build:
                 for number, (torrent, path) in enumerate(self.layers)
             ]
             image = self.store.add(manifest, lenders, self._trace(manifest), bill)
-        self.now.parent = self.parent.hash if self.parent else ""
+        self.now.parent, self.now.source = (self.parent.hash, recipe.parent) if self.parent else ("", "")
         self.now.image = image
         if self.options.aside is None:
             # Read again: a parent of the same file was written meanwhile.

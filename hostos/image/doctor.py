@@ -17,6 +17,7 @@ FUSE = Path("/dev/fuse")
 
 def findings() -> Iterator[Finding]:
     yield from check_packing()
+    yield from check_building()
     yield from check_libtorrent()
     yield from check_seed()
     yield from check_native()
@@ -30,6 +31,19 @@ def check_packing() -> Iterator[Finding]:
         yield warning("packing", says, install(*missing.values()))
     else:
         yield ok("packing", "tar2sqfs and unsquashfs are there")
+
+
+def check_building() -> Iterator[Finding]:
+    """Whether recipes can be built: a sandbox is set up and torn down."""
+    from hostos.image import sandbox
+
+    try:
+        sandbox.inside_works()
+        sandbox.scratch()
+    except UserError as error:
+        yield warning("image builds", f"{error.message}: no hostos image build", error.hint)
+    else:
+        yield ok("image builds", "steps can run in a user namespace")
 
 
 def check_libtorrent() -> Iterator[Finding]:

@@ -56,6 +56,12 @@ class Base:
     key: str = ""
     tag: str = ""
 
+    @property
+    def text(self) -> str:
+        """What it is in a lock file: everything that decides which packages it has."""
+        words = ("base", self.kind, self.value, self.variant, *self.components, *self.packages, self.mirror)
+        return " ".join(word for word in words if word)
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -17,14 +17,16 @@ MAX_LOCK = 32 << 20
 
 @dataclass
 class Locked:
-    """One recipe of a file. `epoch`: no file is later (SOURCE_DATE_EPOCH); `parent`: the image `from` meant.
+    """One recipe of a file. `epoch`: no file is later (SOURCE_DATE_EPOCH); `parent`: the image that `source`,
+    the recipe's `from`, meant.
 
-    `packages`: of the base, then of each step that installed some, by the step's text; `trace`: SHA-256 of
-    the recording; `image`: what came of it all.
+    `packages`: of the base, by what it says, then of each step that installed some, by the step's text;
+    `trace`: SHA-256 of the recording; `image`: what came of it all.
     """
 
     epoch: int
     parent: str = ""
+    source: str = ""
     packages: dict[str, Packages] = field(default_factory=dict)
     trace: str = ""
     image: str = ""
@@ -61,7 +63,8 @@ def _locked(value: Any) -> Locked:
         step: {name: Package(str(version), str(sha256)) for name, (version, sha256) in found.items()}
         for step, found in value["packages"].items()
     }
-    return Locked(int(value["epoch"]), str(value["parent"]), packages, str(value["trace"]), str(value["image"]))
+    texts = {name: str(value[name]) for name in ("parent", "source", "trace", "image")}
+    return Locked(int(value["epoch"]), packages=packages, **texts)
 
 
 def write(recipe: Path, locks: dict[str, Locked]) -> None:
@@ -72,6 +75,7 @@ def write(recipe: Path, locks: dict[str, Locked]) -> None:
         name: {
             "epoch": lock.epoch,
             "parent": lock.parent,
+            "source": lock.source,
             "packages": {
                 step: {each: [package.version, package.sha256] for each, package in sorted(found.items())}
                 for step, found in sorted(lock.packages.items())

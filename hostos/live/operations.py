@@ -19,6 +19,7 @@ import trio
 from hostos import __version__
 from hostos.errors import UserError
 from hostos.live import container as make
+from hostos.live import upper
 from hostos.live.cache import Cache
 from hostos.live.cid import looks_like_cid
 from hostos.live.cid import parse as parse_cid
@@ -263,7 +264,8 @@ class Operations:
         request.done()
         if container.only_mounted:
             raise UserError(f"{container.options.name!r} is only mounted: nothing runs in it")
-        argv = [sys.executable, "-m", "hostos.live.upper", str(container.changes), str(container.base or 0)]
+        # By its file, isolated: whoever runs it need not find this package, and it needs nothing of it.
+        argv = [sys.executable, "-I", str(upper.__file__), str(container.changes), str(container.base or 0)]
         if container.supervisor:
             argv.append(str(await self.containers.leader(container)))
         return {"image": container.bundle.image, "argv": argv}

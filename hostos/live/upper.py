@@ -1,4 +1,4 @@
-"""What a container has changed, as a tar stream: `python3 -m hostos.live.upper CHANGES BASE [PID]`.
+"""What a container has changed, as a tar stream: `python3 -I upper.py CHANGES BASE [PID]`.
 
 CHANGES is the upper directory of its root's overlay, BASE the first user of its range (0: none); with
 PID, its processes stand still meanwhile (cgroup v2's freezer). The stream is PAX (POSIX.1-2001) with

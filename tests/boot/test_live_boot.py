@@ -201,7 +201,7 @@ def test_from_a_web_server_and_nobody_else(boot, image, session_hostos, tmp_path
     url = f"http://127.0.0.1:{port}"
     link = stranger("image", "export", "stranger/web", place / "www", "--url", url).ok().out.strip()
     assert link.endswith(f"&ws={url}")
-    server = subprocess.Popen([BUSYBOX, "httpd", "-f", "-p", f"127.0.0.1:{port}", "-h", str(place / "www")])
+    server = subprocess.Popen(["busybox", "httpd", "-f", "-p", f"127.0.0.1:{port}", "-h", str(place / "www")])
     try:
         assert boot(link, "--", "cat", "/etc/os-release").ok().out.startswith("ID=tiny")
     finally:
@@ -351,6 +351,26 @@ def test_a_traced_image_is_fetched_before_it_is_asked_for(boot, image, session_h
     # Only the twin that was watched has gone again.
     assert "hostos/tracing" not in session_hostos("image", "ls").out
     assert session_hostos("image", "rm", traced).status == 0
+
+
+def test_what_a_container_changed_becomes_a_child(boot, image, session_hostos):
+    """Captured while it runs, booted again: only the child's own blocks are fetched."""
+    script = "echo changed > /data/0; echo ready; sleep 600"
+    running = session_hostos.start(
+        "container", "boot", "-m", "live", "test/tiny", "--name", "changed", "--", "sh", "-c", script
+    )
+    assert running.stdout.readline() == b"ready\n"
+    listed = session_hostos("image", "capture", "changed", "-m", "live", "--list").ok().out.splitlines()
+    assert "C /data/0" in listed
+    session_hostos("image", "capture", "changed", "-m", "live", "--name", "test/captured").ok()
+    session_hostos("container", "stop", "-m", "live", "changed", "--timeout", "1").ok()
+    running.wait(60)
+    done = boot("test/captured", "--json", "--", "cat", "/data/0").ok()
+    assert done.out == "changed\n"
+    assert json.loads(done.err.strip().splitlines()[-1])["fetched"] < 256 * 1024
+    family = session_hostos("image", "tree", "test/captured").ok().out.splitlines()
+    assert [line.split("  ")[0].strip("└─ ") for line in family] == ["test/tiny", "test/captured"]
+    session_hostos("image", "rm", "test/captured").ok()
 
 
 def test_a_command_that_fails_is_no_model(session_hostos, image):

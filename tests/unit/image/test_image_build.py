@@ -152,6 +152,18 @@ def test_a_family_shares_its_layers(place: Path) -> None:
     assert len(made.manifest.layers) == 3
     with ExitStack() as stack:
         assert content(tree_of(made, stack), b"etc/c") == b"b\n"
+    # A parent that is named is the same image until --update, whatever the name means meanwhile.
+    (place / "d.toml").write_text('from = "c/c"\n[[step]]\nrun = "cat /etc/c > /etc/d"\n')
+    first = builder.build(place / "d.toml", "", Steps(), builder.Options()).image
+    (place / "f.toml").write_text((place / "f.toml").read_text().replace("cat /etc/b", "echo new"))
+    renewed = builder.build(place / "f.toml", "C", Steps(), builder.Options()).image
+    assert renewed.hash != made.hash
+    assert builder.build(place / "d.toml", "", Steps(), builder.Options()).image.hash == first.hash
+    # One that is not there any more is not silently another.
+    Store().remove(made.hash)
+    with pytest.raises(UserError, match=r"its parent 'c/c' is locked as .* which isn't here"):
+        builder.build(place / "d.toml", "", Steps(), builder.Options())
+    made = renewed
     # By the hash of an image, too, and by its name.
     for parent in (made.hash, "c/c"):
         (place / "d.toml").write_text(f'from = "{parent}"\n[[step]]\nrun = "cat /etc/c > /etc/d"\n')

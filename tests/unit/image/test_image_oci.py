@@ -6,8 +6,10 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import shutil
 import struct
+import subprocess
 import tarfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -85,9 +87,11 @@ class Layout:
     def image(self, layers: tuple[bytes, ...], config: dict[str, Any], tag: str = "latest", **more: Any) -> Layout:
         kind = "application/vnd.oci.image.layer.v1.tar+gzip"
         blobs = [{"mediaType": kind, **self.blob(gzip.compress(each, mtime=0))} for each in layers]
-        manifest = {"schemaVersion": 2, "config": self.blob(json.dumps(config).encode()), "layers": blobs}
+        described = {"mediaType": "application/vnd.oci.image.config.v1+json", **self.blob(json.dumps(config).encode())}
+        manifest = {"schemaVersion": 2, "config": described, "layers": blobs}
         named = {"annotations": {"org.opencontainers.image.ref.name": tag}}
-        self.images.append({**self.blob(json.dumps(manifest).encode()), **named, **more})
+        of_manifest = {"mediaType": "application/vnd.oci.image.manifest.v1+json"}
+        self.images.append({**of_manifest, **self.blob(json.dumps(manifest).encode()), **named, **more})
         (self.root / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": self.images}))
         return self
 
@@ -238,3 +242,47 @@ def test_other_machines(home: Path, tmp_path: Path) -> None:
     assert image.manifest.architecture == "aarch64"
     with pytest.raises(UserError, match="windows/amd64"):
         take(Layout(tmp_path / "win").image(LAYERS[:1], {**CONFIG, "os": "windows"}).root)
+
+
+@pytest.mark.skipif(not shutil.which("skopeo"), reason="needs skopeo")
+def test_what_skopeo_writes(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same image, whichever way skopeo stores it; docker archives lose who made which layer."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    layout = Layout(tmp_path / "oci").image(LAYERS, complete(LAYERS)).root
+    wanted = take(layout)
+    for target in ("oci:copied:x", "oci-archive:a.tar:x", "docker-archive:d.tar:t/x:y"):
+        subprocess.run(
+            ["skopeo", "--insecure-policy", "copy", "-q", f"oci:{layout}:latest", target], cwd=tmp_path, check=True
+        )
+        kind, name, _ = target.split(":", 2)
+        assert take(tmp_path / name).manifest.layers == wanted.manifest.layers, kind
+
+
+@pytest.mark.skipif(not shutil.which("umoci"), reason="needs umoci")
+@pytest.mark.skipif(os.geteuid() != 0, reason="unpacks as root")
+def test_what_umoci_writes(home: Path, tmp_path: Path) -> None:
+    """A layer that umoci makes of what was changed in an unpacked image, with whiteouts of its own."""
+    layout = Layout(tmp_path / "oci").image(LAYERS, complete(LAYERS)).root
+    bundle = tmp_path / "bundle"
+
+    def umoci(*words: str | Path) -> None:
+        subprocess.run(["umoci", *words], check=True, capture_output=True)
+
+    umoci("unpack", "--image", f"{layout}:latest", bundle)
+    (bundle / "rootfs/etc/b").unlink()
+    (bundle / "rootfs/added").write_text("added")
+    umoci("repack", "--image", f"{layout}:changed", bundle)
+    image = take(layout, "changed")
+    assert len(image.manifest.layers) == 4
+    paths = names(image)
+    assert "etc/b" not in paths
+    assert {"added", "etc/hard", "top"} <= set(paths)
+
+
+def complete(layers: tuple[bytes, ...]) -> dict[str, Any]:
+    """A configuration strict programs take, too."""
+    history = [{"created_by": f"step {number}"} for number in range(len(layers))]
+    digests = [f"sha256:{hashlib.sha256(each).hexdigest()}" for each in layers]
+    inner = {"Cmd": ["/bin/prog"], "Env": ["PATH=/bin"]}
+    rootfs = {"type": "layers", "diff_ids": digests}
+    return {"architecture": "amd64", "os": "linux", "config": inner, "history": history, "rootfs": rootfs}

@@ -120,7 +120,7 @@ def test_circles_and_missing_recipes(tmp_path: Path) -> None:
 def test_a_lock_is_read_as_it_was_written(tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     assert recipe_lock.read(recipe) == {}
-    lock = Locked(7, "a" * 64, {"base": {"libc6": Package("2.41-1", "ab"), "apt": Package("3", "")}}, "t", "i")
+    lock = Locked(7, "a" * 64, "from", {"base": {"libc6": Package("2.41-1", "ab"), "apt": Package("3", "")}}, "t", "i")
     recipe_lock.write(recipe, {"": lock, "Other": Locked(1)})
     assert recipe_lock.read(recipe) == {"": lock, "Other": Locked(1)}
     # One package, one line.
