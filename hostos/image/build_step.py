@@ -186,7 +186,8 @@ def install(
     if root.find(b"usr/bin/apt-get"):
         apt = "apt-get -q -y -o APT::Sandbox::User=root -o Dpkg::Use-Pty=0 --no-install-recommends"
         parts = [
-            ("", f"{apt} update\n{apt} install --print-uris {words} > /run/hostos/uris"),
+            # Without ForceHash it tells MD5.
+            ("", f"{apt} update\n{apt} -o Acquire::ForceHash=SHA256 install --print-uris {words} > /run/hostos/uris"),
             ("uris", lambda found: _apt_script(apt, step.value, found)),
         ]
     elif root.find(b"usr/bin/pacman"):

@@ -21,7 +21,7 @@ from hostos.errors import UserError
 from hostos.live.torrents import Torrent, parse_layer_torrent
 from hostos.paths import cache_dir
 
-VERSION = 1
+VERSION = 2
 """Of the code that makes layers from steps: raised when the same step would give another one."""
 
 

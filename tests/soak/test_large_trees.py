@@ -1,4 +1,4 @@
-"""Trees larger than they usually are: a file beyond 4 GiB, and a directory of 200,000 files, exact to the last."""
+"""Trees larger than they usually are: a file beyond 4 GiB, and a directory of 50,000 files, exact to the last."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("tar2sqfs"), reason="needs tar2sqfs (squashfs-tools-ng)"),
 ]
 
-FILES = 200_000
+FILES = 50_000
 BEYOND = 5 << 30
 
 
-def test_a_directory_of_200000_files(tmp_path: Path) -> None:
+def test_a_directory_of_very_many_files(tmp_path: Path) -> None:
     source = tmp_path / "many.tar"
     with tarfile.open(source, "w", format=tarfile.PAX_FORMAT) as archive:
         for number in range(FILES):
@@ -61,7 +61,8 @@ def test_a_file_beyond_4_gib(tmp_path: Path) -> None:
         ["unsquashfs", "-lln", tmp_path / "layer"], capture_output=True, text=True, check=True
     ).stdout
     assert str(BEYOND + 3) in listed
-    read = subprocess.Popen(["unsquashfs", "-cat", str(tmp_path / "layer"), "large"], stdout=subprocess.PIPE)
-    tail = subprocess.run(["tail", "-c", "3"], stdin=read.stdout, capture_output=True, check=True).stdout
-    assert read.wait() == 0
+    command = ["unsquashfs", "-cat", str(tmp_path / "layer"), "large"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as read:
+        tail = subprocess.run(["tail", "-c", "3"], stdin=read.stdout, capture_output=True, check=True).stdout
+    assert read.returncode == 0
     assert tail == b"end"
