@@ -99,15 +99,15 @@ class Images:
             return kept
         began = time.monotonic()
         servers = [parse_web_seed(url) for url in web]
-        found: ImageBundle | indexes.Index | None = await trio.to_thread.run_sync(self._kept_index, image)
-        if found is None:
-            found = await self._fetch_from(image, tuple(peers), servers, deadline)
-        if isinstance(found, indexes.Index):
-            await trio.to_thread.run_sync(self._keep_index, image, found)
+        got: ImageBundle | indexes.Index | None = await trio.to_thread.run_sync(self._kept_index, image)
+        if got is None:
+            got = await self._fetch_from(image, tuple(peers), servers, deadline)
+        if isinstance(got, indexes.Index):
+            await trio.to_thread.run_sync(self._keep_index, image, got)
             left = max(1.0, deadline - (time.monotonic() - began))
-            return await self._listed(found, tuple(peers), servers, left)
-        await trio.to_thread.run_sync(self._keep, found)
-        return found
+            return await self._listed(got, tuple(peers), servers, left)
+        await trio.to_thread.run_sync(self._keep, got)
+        return got
 
     async def _listed(
         self, index: indexes.Index, peers: tuple[str, ...], web: list[Url], deadline: float

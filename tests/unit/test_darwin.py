@@ -57,7 +57,7 @@ for module, names in GONE.items():
 """
 
 # What needs FUSE, and so runs in the guest, or natively on Linux.
-PARTS = ("containers", "daemon", "fuse", "leftovers", "mounts", "operations", "processes", "running")
+PARTS = ("containers", "daemon", "fuse", "leftovers", "mounts", "operations", "processes", "root", "running")
 LINUX_ONLY = {f"hostos.live.{name}" for name in PARTS}
 
 IMPORT_ALL = """
