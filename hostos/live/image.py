@@ -91,9 +91,9 @@ class Images:
         if looks_like_cid(image):
             return await load_ipfs(self._blocks, image, peers, deadline)
         if bundle is not None:
-            found = verify_bundle(bundle, image=image)
-            await trio.to_thread.run_sync(self._keep, found)
-            return found
+            handed = verify_bundle(bundle, image=image)
+            await trio.to_thread.run_sync(self._keep, handed)
+            return handed
         kept: ImageBundle | None = await trio.to_thread.run_sync(self._kept, image)
         if kept:
             return kept
