@@ -17,6 +17,7 @@ from hostos.image.entries import Entry, arrange
 from hostos.image.recipe import Base
 from hostos.image.sandbox import Ids
 from hostos.image.sources import read_plain_tar
+from hostos.mirror.control import proxy_for
 from hostos.steps import Steps
 
 DEBIAN_ARCHITECTURES = {
@@ -51,7 +52,7 @@ def fetch(base: Base, architecture: str, epoch: int, who: Ids, log: Path, stack:
     tar = stack.enter_context((log.parent / f"{log.name}.tar").open("w+b"))
     (log.parent / f"{log.name}.tar").unlink()
     command = _pacman(base, architecture) if base.kind == "arch" else _mmdebstrap(base, architecture)
-    env = environment(epoch) | {"TMPDIR": "/tmp", "HOME": "/tmp"}
+    env = _package_cache(base) | environment(epoch) | {"TMPDIR": "/tmp", "HOME": "/tmp"}
 
     def build() -> int:
         sandbox.mount(str(work), "/tmp", None, sandbox.MS_BIND)
@@ -67,6 +68,15 @@ def fetch(base: Base, architecture: str, epoch: int, who: Ids, log: Path, stack:
         packages = _apt_packages(work / "packages") if base.kind != "arch" else {}
         step.detail = f"{len(packages)} packages, {len(found)} entries" if packages else f"{len(found)} entries"
     return Fetched(found, packages)
+
+
+def _package_cache(base: Base) -> dict[str, str]:
+    """The way to this host's package cache, where it runs and has the archive (docs/mirror.md). Not an
+    option of apt's: mmdebstrap would write it into the image."""
+    if base.kind == "arch":
+        return {}
+    proxy = proxy_for(base.mirror or MIRRORS[base.kind])
+    return {"http_proxy": proxy} if proxy else {}
 
 
 def _mmdebstrap(base: Base, architecture: str) -> str:

@@ -31,8 +31,8 @@ POLL_S = 0.05
 
 
 class Finder:
-    """`host`, `port`: of the peers' HTTP server, empty and 0 if it serves none and hence announces nothing;
-    `has`: is the file (still) in the store?"""
+    """`host`, `port`: of the peers' HTTP server, empty and 0 if it serves none, and hence announces
+    nothing; `has`: is the file (still) in the store?"""
 
     def __init__(
         self, host: str, nodes: list[tuple[str, int]], cluster: Cluster, port: int, has: Callable[[str], bool]

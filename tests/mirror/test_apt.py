@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from hostos import background
+from hostos.mirror import control
 from hostos.mirror.upstreams import Apt
 from mirror.cache import wait_until
 
@@ -374,3 +375,12 @@ def test_bad_options(make_cache, upstream, word):
     done = cache.hostos("start", *word, check=False)
     assert done.returncode == 2
     assert not (cache.home / "state/mirror").exists()
+
+
+def test_builds_find_a_running_cache(cache, web, monkeypatch):
+    monkeypatch.setenv("HOSTOS_HOME", str(cache.home))
+    assert control.proxy_for(web.url) == cache.proxy
+    assert control.proxy_for("http://192.0.2.1/debian") is None
+    assert control.proxy_for(web.url.replace("http:", "https:")) is None
+    cache.stop()
+    assert control.proxy_for(web.url) is None
