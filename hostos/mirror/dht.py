@@ -44,7 +44,8 @@ class Finder:
         host = host or ("127.0.0.1" if all(loopback[1:]) else "0.0.0.0")
         self.session: Any = libtorrent.session(
             {
-                "listen_interfaces": f"{host}:{port}",
+                # Any port: libtorrent would want TCP on it, too, where the peers' server is.
+                "listen_interfaces": f"[{host}]:0" if ":" in host else f"{host}:0",
                 "enable_dht": True,
                 "enable_lsd": False,
                 "enable_upnp": False,

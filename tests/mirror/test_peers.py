@@ -117,12 +117,13 @@ def test_a_peer_that_lies(fault, liars, make_cache, make_client, upstream, archi
     if fault in ("wrong bytes", "one wrong bit", "endless", "no ranges"):
         assert dropped
         assert f"peer {liar.address} is dropped" in cache.log()
-    asked = len(liar.log)
-    cache.hostos("prune", "--all")
-    cache.stop()
-    cache.start()
-    assert cache.get(url_of(web, archive.packages["large"])).status == 200
-    if dropped:
+    if fault == "wrong bytes":
+        # Nor is it asked after the next start.
+        asked = len(liar.log)
+        cache.hostos("prune", "--all")
+        cache.stop()
+        cache.start()
+        assert cache.get(url_of(web, archive.packages["large"])).status == 200
         assert len(liar.log) == asked
 
 
