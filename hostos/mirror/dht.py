@@ -17,10 +17,9 @@ import libtorrent
 
 from hostos.mirror.cluster import Cluster
 
-FIND_S = 2.0
-"""How long an answer is waited for,"""
-ENOUGH = 4
-"""or until so many peers are known."""
+FIND_S = 3.0
+"""How long an answer is waited for."""
+ASK_EVERY_S = 0.5
 AGAIN_S = 600.0
 """How long what was found is taken as it was."""
 ANNOUNCE_S = 25 * 60.0
@@ -76,10 +75,11 @@ class Finder:
             return cached[1]
         key = self.cluster.swarm_key(sha256)
         found = self._waiting.setdefault(key, set())
-        self.session.dht_get_peers(libtorrent.sha1_hash(key))
         until = time.monotonic() + FIND_S
-        while time.monotonic() < until and len(found) < ENOUGH:
-            await asyncio.sleep(POLL_S)
+        while time.monotonic() < until and not found:
+            # Asked again: a node that has just started knows nobody yet.
+            self.session.dht_get_peers(libtorrent.sha1_hash(key))
+            await asyncio.sleep(ASK_EVERY_S)
         self._waiting.pop(key, None)
         if found:
             self._found[sha256] = (time.monotonic(), found)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import http.client
 import time
 
 import pytest
 
-from hostos.mirror.settings import Settings
+from hostos.mirror.cluster import Cluster
+from hostos.mirror.dht import Finder
 from mirror.cache import Cache, wait_until
 from mirror.server import Web
 from mirror.test_apt import url_of
@@ -230,7 +232,7 @@ def test_too_many_requests_of_one_peer(first, archive):
     wait_until(lambda: peer_get(first.info["share"], path)[0] == 200)
 
 
-def test_peers_found_in_a_dht_of_their_own(make_cache, upstream, archive, web):
+def test_peers_found_in_a_dht_of_their_own():
     """A node of the test's; nothing else is contacted."""
     import libtorrent
 
@@ -242,24 +244,21 @@ def test_peers_found_in_a_dht_of_their_own(make_cache, upstream, archive, web):
         }
     )  # fmt: skip
     wait_until(lambda: node.is_dht_running() and node.listen_port())
-    nodes = (f"127.0.0.1:{node.listen_port()}",)
-    first = make_cache(upstream).start(share="127.0.0.1:0", dht=nodes)
-    deb = archive.packages["large"]
-    assert first.get(url_of(web, deb)).status == 200
-    wait_until(lambda: first.status()["dht"]["announced"] >= 2)
-    # Slow enough for the DHT to answer before all is there.
-    web.faults.only, web.faults.rate = r"large.*\.deb", 500_000
+    nodes = [("127.0.0.1", node.listen_port())]
 
-    def found() -> bool:
-        """Announcing takes a moment; a cache that has looked in vain asks the mirror."""
-        second = Settings(listen=("127.0.0.1:0",), dht=nodes)
-        cache = make_cache(upstream, settings=second).start()
-        assert cache.get(url_of(web, deb)).body == deb.read_bytes()
-        return bool(cache.stats()["archives"][web.address]["from_peers"])
+    async def find() -> set[tuple[str, int]]:
+        first = Finder("127.0.0.1", nodes, Cluster(), 45001, lambda _: True)
+        second = Finder("", nodes, Cluster(), 0, lambda _: True)
+        running = [asyncio.create_task(each.run()) for each in (first, second)]
+        first.announce("ab" * 32)
+        found: set[tuple[str, int]] = set()
+        for _ in range(10):
+            await asyncio.sleep(1)
+            found = await second.find("ab" * 32)
+            if found:
+                break
+        for task in running:
+            task.cancel()
+        return found
 
-    for _ in range(5):
-        time.sleep(2)
-        if found():
-            break
-    else:
-        pytest.fail("no peer was found")
+    assert asyncio.run(find()) == {("127.0.0.1", 45001)}
