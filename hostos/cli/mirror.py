@@ -34,7 +34,12 @@ def mirror() -> None:
 @click.option("--share", metavar="ADDRESS[:PORT]", help="Serve what is verified to peers there.  [default: not at all]")
 @click.option("--peer", "peers", multiple=True, metavar="HOST[:PORT]", help="Ask this peer. May be given often.")
 @click.option("--lan/--no-lan", default=None, help="Find peers on the local network, and be found if --share is given.")
-@click.option("--dht", multiple=True, metavar="HOST:PORT", help="Join a DHT by this node, to find peers and be found.")
+@click.option(
+    "--dht",
+    multiple=True,
+    metavar="HOST:PORT",
+    help="Join a DHT by this node, to find peers and be found. Experimental.",
+)
 @click.option("--cluster-key", metavar="FILE", help="A key that members share; nobody else gets anything.")
 @click.option("--size", metavar="SIZE", help="What the cache may hold, e.g. 50G.  [default: 20G]")
 @click.option("--keep-days", type=click.IntRange(0), help="Forget what was not used for so long.  [default: 90]")
