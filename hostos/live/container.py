@@ -219,8 +219,9 @@ def unit_limits(name: str) -> Path:
 def enter_argv(leader: int, command: list[str], term: str = "") -> list[str]:
     """Runs a command in a running container: all namespaces of its first process, root in there.
 
-    nsenter enters the user namespace before the others, which belong to it. The process counts as one
-    of whoever asked for it, and ends with the container.
+    The network comes first: with NAT it belongs to the guest, and whoever is root of the container alone
+    may not enter it. BusyBox's nsenter enters the user namespace before the others. The process counts as
+    one of whoever asked for it, and ends with the container.
     """
     environment = [
         "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -233,9 +234,10 @@ def enter_argv(leader: int, command: list[str], term: str = "") -> list[str]:
         "env",
         "-i",
         *environment,
-        # Short options: a guest may have BusyBox's. User, mount, UTS, IPC, network and PID namespaces,
-        # then its root and working directory.
-        *("nsenter", "-t", str(leader), "-U", "-m", "-u", "-i", "-n", "-p", "-r", "-w", "--"),
+        # Short options: a guest may have BusyBox's.
+        *("nsenter", "-t", str(leader), "-n", "--"),
+        # User, mount, UTS, IPC and PID namespaces, then its root and working directory.
+        *("nsenter", "-t", str(leader), "-U", "-m", "-u", "-i", "-p", "-r", "-w", "--"),
         *command,
     ]
 

@@ -186,7 +186,9 @@ def test_entering_starts_with_a_clean_environment() -> None:
     argv = enter_argv(42, ["ls", "-l"], "vt100")
     assert argv[:2] == ["env", "-i"]
     assert "TERM=vt100" in argv
-    assert argv[argv.index("nsenter") + 1 : argv.index("nsenter") + 4] == ["-t", "42", "-U"]
+    # The network belongs to the guest: it is entered before the container's user namespace.
+    first = argv.index("nsenter")
+    assert argv[first : first + 9] == ["nsenter", "-t", "42", "-n", "--", "nsenter", "-t", "42", "-U"]
     assert argv[-3:] == ["--", "ls", "-l"]
 
 
