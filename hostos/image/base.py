@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hostos.build.debian_archive import find_mirror
 from hostos.errors import UserError, failure
 from hostos.image import sandbox, unpacked
 from hostos.image.buildcache import Package, Packages
@@ -28,7 +29,8 @@ DEBIAN_ARCHITECTURES = {
     "ppc64le": "ppc64el",
     "s390x": "s390x",
 }
-MIRRORS = {"debian": "http://deb.debian.org/debian", "ubuntu": "http://archive.ubuntu.com/ubuntu"}
+PACMAN_MIRRORS = Path("/etc/pacman.d/mirrorlist")
+"""Arch's mirrors as this host knows them; Debian's pacman brings none."""
 TAIL = 12
 """Lines of a log that an error shows."""
 _OF_THE_HOST = (b"etc/hostname", b"etc/resolv.conf")
@@ -73,14 +75,17 @@ def fetch(base: Base, architecture: str, epoch: int, who: Ids, log: Path, stack:
 def _package_cache(base: Base) -> dict[str, str]:
     """The way to this host's package cache, where it runs and has the archive (docs/mirror.md). Not an
     option of apt's: mmdebstrap would write it into the image."""
-    if base.kind == "arch":
-        return {}
-    proxy = proxy_for(base.mirror or MIRRORS[base.kind])
+    mirror = "" if base.kind == "arch" else _mirror(base)
+    proxy = proxy_for(mirror) if mirror else ""
     return {"http_proxy": proxy} if proxy else {}
 
 
+def _mirror(base: Base) -> str:
+    """The recipe's, else this host's of Debian; for Ubuntu "", for which mmdebstrap has a default of its own."""
+    return base.mirror or (find_mirror().main if base.kind == "debian" else "")
+
+
 def _mmdebstrap(base: Base, architecture: str) -> str:
-    mirror = base.mirror or MIRRORS[base.kind]
     words = ["mmdebstrap", "--mode=root", "--format=tar", f"--variant={base.variant}"]
     if (name := DEBIAN_ARCHITECTURES.get(architecture)) is None:
         raise UserError(f"{base.kind} has no packages for {architecture}")
@@ -94,17 +99,21 @@ def _mmdebstrap(base: Base, architecture: str) -> str:
         "--customize-hook=APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-cache show --no-all-versions "
         "$(chroot \"$1\" dpkg-query -W -f '${Package}=${Version} ') > /tmp/packages"
     )
-    quoted = " ".join(shlex.quote(word) for word in (*words, base.value, "-", mirror))
+    quoted = " ".join(shlex.quote(word) for word in (*words, base.value, "-", *filter(None, (_mirror(base),))))
     return f"{quoted} >&9"
 
 
 def _pacman(base: Base, architecture: str) -> str:
-    mirror = base.mirror or "https://geo.mirror.pkgbuild.com/$repo/os/$arch"
+    if not base.mirror and not PACMAN_MIRRORS.exists():
+        raise UserError(
+            "no mirror of Arch is known on this host", 'name one in the recipe: mirror = "URL/$repo/os/$arch"'
+        )
+    servers = f"Server = {base.mirror}" if base.mirror else f"Include = {PACMAN_MIRRORS}"
     packages = " ".join(shlex.quote(name) for name in base.packages or ("base",))
     # Signatures are checked with the host's keyring of Arch; a mirror of one's own may have none.
     level = "Never" if base.variant == "unsigned" else "Required DatabaseOptional"
     names = base.components if base.mirror else ("core", "extra")
-    sections = "".join(f"[{name}]\nServer = {mirror}\n" for name in names)
+    sections = "".join(f"[{name}]\n{servers}\n" for name in names)
     config = f"[options]\nArchitecture = {architecture}\nSigLevel = {level}\n{sections}"
     root, lib = "/tmp/root", "/tmp/root/var/lib/pacman"
     empty = " ".join(f"{root}/{name}" for name in ("dev", "etc", "proc", "run", "sys", "tmp", "var/cache/pacman/pkg"))

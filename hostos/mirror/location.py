@@ -1,7 +1,7 @@
 """What a client asks for: an HTTP request target becomes `host[:port]/path`, or is refused.
 
-Clients of a proxy send the absolute form (`GET http://deb.debian.org/debian/…`); without a proxy in
-their configuration they may put the host first in the path (`GET /deb.debian.org/debian/…`).
+Clients of a proxy send the absolute form (`GET http://deb.example.org/debian/…`); without a proxy in
+their configuration they may put the host first in the path (`GET /deb.example.org/debian/…`).
 RFC 9112, section 3.2.
 """
 

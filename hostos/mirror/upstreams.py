@@ -1,14 +1,14 @@
 """The archives that are cached: which URLs, whose signatures. `mirror.toml` in the configuration directory.
 
 [[apt]]
-url = "http://deb.debian.org/debian"
+url = "http://deb.example.org/debian"
 suites = ["bookworm", "bookworm-updates"]
 components = ["main"]
 signed_by = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 [[pacman]]
 repository = "core"
-servers = ["https://geo.mirror.pkgbuild.com/core/os/x86_64"]
+servers = ["https://arch.example.org/core/os/x86_64"]
 keys = "/etc/pacman.d/gnupg"
 """
 

@@ -11,13 +11,13 @@ from hostos.mirror.location import parse_target, to_url
 @pytest.mark.parametrize(
     ("target", "location"),
     [
-        ("http://deb.debian.org/debian/dists/x/InRelease", "deb.debian.org/debian/dists/x/InRelease"),
-        ("http://DEB.debian.org:80/debian//pool/./a_1%2b1.deb", "deb.debian.org/debian/pool/a_1+1.deb"),
+        ("http://deb.example.org/debian/dists/x/InRelease", "deb.example.org/debian/dists/x/InRelease"),
+        ("http://DEB.example.org:80/debian//pool/./a_1%2b1.deb", "deb.example.org/debian/pool/a_1+1.deb"),
         ("https://h:443/x", "h/x"),
         ("https://h:80/x", "h:80/x"),
         ("http://user:secret@h/x", "h/x"),
         ("http://[2001:db8::1]:3142/x", "[2001:db8::1]:3142/x"),
-        ("/deb.debian.org/debian/x", "deb.debian.org/debian/x"),
+        ("/deb.example.org/debian/x", "deb.example.org/debian/x"),
         ("/pacman/core/x86_64/core.db", "pacman/core/x86_64/core.db"),
         ("http://h/a%7eb", "h/a~b"),
     ],

@@ -162,7 +162,7 @@ def test_import_of_sources(tmp_path):
     (tmp_path / "sources.list.d").mkdir()
     (tmp_path / "sources.list").write_text(
         "# a comment\n"
-        "deb http://deb.debian.org/debian/ bookworm main contrib # why\n"
+        "deb http://deb.example.org/debian/ bookworm main contrib # why\n"
         "deb-src [arch=amd64,arm64 signed-by=/k.gpg check-valid-until=no] https://h/x suite main\n"
         "deb [trusted=yes] http://unsigned/x ./\n"
         "deb cdrom:[Debian]/ bookworm main\n"
@@ -176,7 +176,7 @@ def test_import_of_sources(tmp_path):
     notes: list[str] = []
     found = list(importing.apt_entries(tmp_path, notes))
     assert [(each.url, each.suites, each.sources) for each in found] == [
-        ("http://deb.debian.org/debian", ("bookworm",), False),
+        ("http://deb.example.org/debian", ("bookworm",), False),
         ("https://h/x", ("suite",), True),
         ("http://flat/x", ("./",), False),
         ("http://a/x", ("s", "t"), True),
