@@ -23,8 +23,10 @@ class Keyring:
     def __init__(self, home: Path) -> None:
         self.home = home
         home.mkdir(mode=0o700)
+        self._then = int(time.time() - 10 * DAY)
+        """When the expired key was good."""
         for name, until in (("good", "0"), ("other", "0"), ("expired", "seconds=60")):
-            when = ["--faked-system-time", f"{int(time.time() - 10 * DAY)}!"] if name == "expired" else []
+            when = ["--faked-system-time", f"{self._then}!"] if name == "expired" else []
             self.gpg(*when, "--passphrase", "", "--quick-gen-key", f"{name} <{name}@test>", "ed25519", "sign", until)
 
     def gpg(self, *words: str, data: bytes | None = None) -> bytes:
@@ -42,7 +44,7 @@ class Keyring:
         return self._sign(text, name, "--armor", "--detach-sign")
 
     def _sign(self, text: bytes, name: str, *how: str) -> bytes:
-        when = ["--faked-system-time", f"{int(time.time() - 10 * DAY)}!"] if name == "expired" else []
+        when = ["--faked-system-time", f"{self._then}!"] if name == "expired" else []
         return self.gpg(*when, "--digest-algo", "SHA512", "--local-user", f"{name}@test", *how, data=text)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
@@ -124,6 +125,10 @@ class Cache:
         except ConnectionError:
             body, whole = b"", False
         client.close()
+        if (response.status, method, whole) == (200, "GET", True):
+            # It is synced, and then taken over into the store, after the last byte has been sent.
+            partial = self.store / "partial" / hashlib.sha256(body).hexdigest()
+            wait_until(lambda: not partial.exists())
         return Answer(response.status, response.reason, dict(response.headers), body, whole)
 
 
