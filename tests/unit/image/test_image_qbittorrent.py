@@ -31,6 +31,7 @@ CONFIG = """\
 Accepted=true
 
 [BitTorrent]
+Session\\Encryption=1
 Session\\DHTEnabled=false
 Session\\LSDEnabled=false
 Session\\PeXEnabled=false
