@@ -253,23 +253,33 @@ def quickstart(_: Context, fresh: bool = False) -> None:
     guided.run_tour(fresh=fresh)
 
 
-@task(help={"tier": "fast (what a person waits for, default), slow (faults, swarm, soak, docs) or all"})
+# tier -> what pytest selects by its markers, one run for each
+_MACHINES = "fault or soak"
+_NETWORKS = "(build or swarm or docs) and not fault and not soak"
+TIERS = {
+    "fast": ["not build and not swarm and not fault and not soak and not docs"],
+    "machines": [_MACHINES],
+    "networks": [_NETWORKS],
+    "slow": [_MACHINES, _NETWORKS],
+}
+TIERS["all"] = [*TIERS["fast"], *TIERS["slow"]]
+
+
+@task(
+    help={
+        "tier": "fast (what a person waits for, default), machines (faults, soak), networks (swarms, builds, docs), "
+        "slow (both of these) or all"
+    }
+)
 def test(context: Context, tier: str = "fast") -> None:  # noqa: PT028
     """Lint, types and tests. Builds the OS first if it must."""
-    tiers = {"fast": ["fast"], "slow": ["slow"], "all": ["fast", "slow"]}
-    if tier not in tiers:
-        raise Exit(f"invoke: unknown tier {tier!r}\n  hint: one of: {', '.join(tiers)}", code=2)
+    if tier not in TIERS:
+        raise Exit(f"invoke: unknown tier {tier!r}\n  hint: one of: {', '.join(TIERS)}", code=2)
     build(context)
-    pytest = f"{sys.executable} -m pytest"
-    if "fast" in tiers[tier]:
+    if tier in ("fast", "all"):
         context.run("ruff check . && ruff format --check . && mypy", echo=True)
-        context.run(
-            f"{pytest} tests -m 'not build and not swarm and not fault and not soak and not docs'",
-            echo=True,
-            pty=sys.stdout.isatty(),
-        )
-    if "slow" in tiers[tier]:
-        context.run(f"{pytest} tests -m 'build or swarm or fault or soak or docs'", echo=True, pty=sys.stdout.isatty())
+    for markers in TIERS[tier]:
+        context.run(f"{sys.executable} -m pytest tests -m '{markers}'", echo=True, pty=sys.stdout.isatty())
 
 
 @task(help={"rounds": "how often each side is measured (default: 5)"})

@@ -1,4 +1,4 @@
-"""Trees larger than they usually are: a file beyond 4 GiB, and a directory of 50,000 files, exact to the last."""
+"""Trees larger than they usually are: a file beyond 4 GiB, and a directory of 20,000 files, exact to the last."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("tar2sqfs"), reason="needs tar2sqfs (squashfs-tools-ng)"),
 ]
 
-FILES = 50_000
+FILES = 20_000
 BEYOND = 5 << 30
 
 
