@@ -68,7 +68,7 @@ def build(profile: Profile, engine: Engine, steps: Steps, dist: Path) -> Os:
                 (result / "unpacked").write_text(str(unpacked))
             packed = cache.find("initrd", key)
             assert packed is not None
-    with steps.step("dist") as step:
+    with steps.step("dist") as step, cache.alone("dist", step):
         result_os = _write_dist(profile, engine.name, built, packed, dist, reseeds="usr/bin/socat" in tree)
         step.detail = _sizes(result_os.manifest)
     return result_os
