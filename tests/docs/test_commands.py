@@ -18,7 +18,7 @@ from hostos import paths
 from hostos.quickstart import demonstration_image
 from hostos.steps import Steps
 
-pytestmark = [pytest.mark.docs, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.docs, pytest.mark.timeout(3000)]
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
 # Addresses of other people's networks, and what stands for them here.
@@ -82,7 +82,7 @@ def newcomer(tmp_path_factory, monkeypatch):
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-def run(script: str, cwd: Path, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
+def run(script: str, cwd: Path, timeout: float = 2700) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "-c", script],
         cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
