@@ -37,7 +37,7 @@ PACKAGES = (
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> os_build.Os:
     return os_build.build(
-        load_profile("default", "aarch64"), DebianEngine(locked=True), Steps(), tmp_path_factory.mktemp("dist")
+        load_profile("default", "aarch64"), DebianEngine(), Steps(), tmp_path_factory.mktemp("dist")
     )
 
 
