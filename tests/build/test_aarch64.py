@@ -36,9 +36,7 @@ PACKAGES = (
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> os_build.Os:
-    return os_build.build(
-        load_profile("default", "aarch64"), DebianEngine(), Steps(), tmp_path_factory.mktemp("dist")
-    )
+    return os_build.build(load_profile("default", "aarch64"), DebianEngine(), Steps(), tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")

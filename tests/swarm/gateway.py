@@ -8,17 +8,12 @@ HOW: `good`; `lying` (spoils a byte of every block), `lying:SHARE` of the blocks
 from __future__ import annotations
 
 import random
-import sys
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import ClassVar
+
+from serving import Serving, serve
 
 
-class Handler(BaseHTTPRequestHandler):
-    directory: ClassVar[Path]
-    how: ClassVar[str]
-    amount: ClassVar[float]
+class Handler(Serving):
     protocol_version = "HTTP/1.1"
     noise = random.Random(4)
 
@@ -41,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(body)
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802
         path, _, query = self.path.partition("?")
         file = self.directory / path.removeprefix("/ipfs/")
         assert query == "format=raw", self.path
@@ -75,23 +70,5 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, kind, bytes(block))
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    allow_reuse_address = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        pass  # whoever asked has gone
-
-
-def main() -> None:
-    Handler.directory = Path(sys.argv[1])
-    host, _, port = sys.argv[2].rpartition(":")
-    Handler.how, _, amount = (sys.argv[3] if len(sys.argv) > 3 else "good").partition(":")
-    Handler.amount = float(amount or 1)
-    server = Server((host, int(port)), Handler)
-    print("ready", flush=True)
-    server.serve_forever()
-
-
 if __name__ == "__main__":
-    main()
+    serve(Handler)

@@ -7,17 +7,12 @@ than it was asked for); `truncated`; `hanging`; `missing` (404); `slow:RATE` (by
 from __future__ import annotations
 
 import re
-import sys
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import ClassVar
+
+from serving import Serving, serve
 
 
-class Handler(BaseHTTPRequestHandler):
-    directory: ClassVar[Path]
-    how: ClassVar[str]
-    amount: ClassVar[float]
+class Handler(Serving):
     protocol_version = "HTTP/1.1"
 
     def setup(self) -> None:
@@ -27,7 +22,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802
         file = self.directory / self.path.lstrip("/")
         if self.how == "hanging":
             time.sleep(3600)
@@ -60,23 +55,5 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(4096 / self.amount)
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    allow_reuse_address = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        pass  # whoever asked has gone
-
-
-def main() -> None:
-    Handler.directory = Path(sys.argv[1])
-    host, _, port = sys.argv[2].rpartition(":")
-    Handler.how, _, amount = (sys.argv[3] if len(sys.argv) > 3 else "good").partition(":")
-    Handler.amount = float(amount or 1)
-    server = Server((host, int(port)), Handler)
-    print("ready", flush=True)
-    server.serve_forever()
-
-
 if __name__ == "__main__":
-    main()
+    serve(Handler)
