@@ -30,6 +30,7 @@ from hostos.image.indexes import directory as indexes_directory
 from hostos.image.seed_session import Door, listen
 from hostos.image.seeding import Place
 from hostos.image.store import IMAGE_TORRENT, Store, StoredImage
+from hostos.live.interfaces import Interfaces, listen_again
 from hostos.live.nodelay import NoDelay
 from hostos.live.swarm_settings import SwarmSettings
 from hostos.live.torrents import Torrent, parse_layer_torrent
@@ -162,6 +163,7 @@ class Daemon:
         self.began = time.time()
         self.stopping = asyncio.Event()
         self.nodelay = NoDelay()
+        self.interfaces = Interfaces()
         self.door = Door(seeder.session, host, port)
 
     async def run(self) -> None:
@@ -179,7 +181,11 @@ class Daemon:
             while not self.stopping.is_set():
                 if self.seeder.changed():
                     self.seeder.reload()
+                if self.interfaces.changed():
+                    listen_again(self.seeder.session)
                 for alert in self.seeder.session.pop_alerts():
+                    if isinstance(alert, libtorrent.listen_succeeded_alert):
+                        self.nodelay.scan()
                     if alert.category() & libtorrent.alert.category_t.error_notification:
                         self.seeder.log(alert.message())
                 with contextlib.suppress(asyncio.TimeoutError):

@@ -15,6 +15,7 @@ import libtorrent as lt
 import trio
 
 from hostos.errors import failure
+from hostos.live.interfaces import Interfaces, listen_again
 from hostos.live.nodelay import NoDelay
 from hostos.live.swarm_settings import SwarmSettings, limit_everyone
 
@@ -87,6 +88,8 @@ class Swarm:
         limit_everyone(self.session)
         self.settings = SwarmSettings()
         self.nodelay = NoDelay()
+        self._interfaces = Interfaces()
+        self._listened = False
         self.log: Callable[[str], None] = lambda _message: None
         self._torrents: list[Torrent] = []
         self._alive, self._wake = os.pipe()
@@ -122,6 +125,8 @@ class Swarm:
             with contextlib.suppress(BlockingIOError):
                 while os.read(self._alive, 4096):
                     pass
+            if self._interfaces.changed():
+                listen_again(self.session)
             for alert in self.session.pop_alerts():
                 self._dispatch(alert)
             # Every owner is asked: one that waits must not keep the others from being looked at.
@@ -129,9 +134,10 @@ class Swarm:
             tick = BUSY_TICK if any(waiting) else IDLE_TICK
 
     def _dispatch(self, alert: Any) -> None:
-        if isinstance(alert, lt.listen_failed_alert):
+        if isinstance(alert, lt.listen_failed_alert) and not self._listened:
             raise failure(f"cannot listen on {self.listen}: {alert.message()}", "give another port with --listen")
         if isinstance(alert, lt.listen_succeeded_alert) and alert.socket_type == lt.socket_type_t.tcp:
+            self._listened = True
             self.log(f"listening on port {alert.port}")
         if isinstance(alert, lt.peer_connect_alert | lt.listen_succeeded_alert):
             self.nodelay.scan()
@@ -144,6 +150,7 @@ class Swarm:
     def close(self) -> None:
         """End the session; blocks until its threads are gone (they write to our pipe)."""
         self._torrents.clear()
+        self._interfaces.close()
         del self.session
         for end in (self._alive, self._wake):
             os.close(end)

@@ -122,21 +122,26 @@ def namespace(kind: int, name: str) -> Iterator[int]:
         os.waitpid(child, 0)
 
 
-def tcp_socket_in(network: Path) -> socket.socket:
-    """A TCP socket (IPv4) in another network namespace, given by its file. Raises OSError.
-
-    A socket stays in the namespace in which it was made; the calling thread goes back to its own.
-    """
+@contextlib.contextmanager
+def inside(network: Path) -> Iterator[None]:
+    """The calling thread is in another network namespace, given by its file, for the body: a socket stays in
+    the namespace in which it was made. Nothing else may run on the thread meanwhile. Raises OSError."""
     own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         with _opened(str(network), os.O_RDONLY) as there:
             _check(_libc.setns(there, CLONE_NEWNET), "setns")
-            try:
-                return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            finally:
-                _check(_libc.setns(own, CLONE_NEWNET), "setns")
+        try:
+            yield
+        finally:
+            _check(_libc.setns(own, CLONE_NEWNET), "setns")
     finally:
         os.close(own)
+
+
+def tcp_socket_in(network: Path) -> socket.socket:
+    """A TCP socket (IPv4) in another network namespace, given by its file. Raises OSError."""
+    with inside(network):
+        return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
 
 
 def user_namespace(base: int) -> int:

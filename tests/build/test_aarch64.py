@@ -134,7 +134,7 @@ def test_boot_ssh_container_and_power_button(hostos: Any, tmp_path: Path) -> Non
     assert "hostos up -m x86-64 --arch x86_64" in wrong.err
 
     stopped = hostos("down", "--json").json()
-    assert (stopped["clean"], stopped["how"]) == (True, "ssh")
+    assert (stopped["clean"], stopped["how"]) == (True, "power off over SSH")
 
     # Told by the machine's memory alone.
     again = hostos("up", "--json").json()
