@@ -75,7 +75,7 @@ class PieceStore:
         self._unflushed: set[int] = set()
         self._flushing: frozenset[int] = frozenset()
         self._last_flush = 0.0
-        self._file = -1
+        self._file = self._note_file = -1
         self._closed = False
 
     def open(self) -> None:
@@ -86,9 +86,10 @@ class PieceStore:
     def close(self) -> None:
         """From now on only what is held can be read."""
         self._closed = True
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        for descriptor in (self._file, self._note_file):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._file = self._note_file = -1
 
     # --- asking -----------------------------------------------------------------------------------
 
@@ -248,11 +249,15 @@ class PieceStore:
         return set()
 
     def _write_note(self) -> None:
+        if self._closed:
+            return
         noted = bytearray(self._on_disk)
         for piece in self._claimed:
             noted[piece] = 1
         with suppress(OSError):
-            self._note.write_bytes(noted)
+            if self._note_file < 0:
+                self._note_file = os.open(self._note, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            os.pwrite(self._note_file, noted, 0)
 
     def _pread(self, offset: int, length: int) -> bytes:
         if self._file < 0:

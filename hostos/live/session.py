@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -28,6 +29,17 @@ ALERTS = (
     | lt.alert.category_t.connect_notification
 )
 
+HANDLED = frozenset(
+    {
+        *(lt.block_finished_alert, lt.piece_finished_alert, lt.read_piece_alert, lt.hash_failed_alert),
+        *(lt.peer_connect_alert, lt.peer_disconnected_alert, lt.cache_flushed_alert, lt.file_error_alert),
+        *(lt.metadata_received_alert, lt.listen_failed_alert, lt.listen_succeeded_alert),
+    }
+)
+"""What anybody here goes by. A piece brings three times as many that nobody does, and in an emulated guest
+asking of each what it is takes as long as fetching the piece."""
+LOOK_EVERY = 1.0
+"""Seconds at least between two looks at the network interfaces."""
 BUSY_TICK = 0.1
 """Seconds between two looks at the watchdogs while somebody waits for data."""
 IDLE_TICK = 5.0
@@ -89,6 +101,7 @@ class Swarm:
         self.settings = SwarmSettings()
         self.nodelay = NoDelay()
         self._interfaces = Interfaces()
+        self._looked = 0.0
         self._listened = False
         self.log: Callable[[str], None] = lambda _message: None
         self._torrents: list[Torrent] = []
@@ -125,27 +138,31 @@ class Swarm:
             with contextlib.suppress(BlockingIOError):
                 while os.read(self._alive, 4096):
                     pass
-            if self._interfaces.changed():
-                listen_again(self.session)
+            if time.monotonic() - self._looked > LOOK_EVERY:
+                self._looked = time.monotonic()
+                if self._interfaces.changed():
+                    listen_again(self.session)
             for alert in self.session.pop_alerts():
-                self._dispatch(alert)
+                if type(alert) in HANDLED:
+                    self._dispatch(alert)
             # Every owner is asked: one that waits must not keep the others from being looked at.
             waiting = [torrent.tick() for torrent in self._torrents]
             tick = BUSY_TICK if any(waiting) else IDLE_TICK
 
     def _dispatch(self, alert: Any) -> None:
+        if isinstance(alert, lt.torrent_alert):
+            if isinstance(alert, lt.peer_connect_alert):
+                self.nodelay.scan()
+            for torrent in self._torrents:
+                if torrent.handle is not None and alert.handle == torrent.handle:
+                    torrent.on_alert(alert)
+                    return
         if isinstance(alert, lt.listen_failed_alert) and not self._listened:
             raise failure(f"cannot listen on {self.listen}: {alert.message()}", "give another port with --listen")
         if isinstance(alert, lt.listen_succeeded_alert) and alert.socket_type == lt.socket_type_t.tcp:
             self._listened = True
             self.log(f"listening on port {alert.port}")
-        if isinstance(alert, lt.peer_connect_alert | lt.listen_succeeded_alert):
             self.nodelay.scan()
-        if isinstance(alert, lt.torrent_alert):
-            for torrent in self._torrents:
-                if torrent.handle is not None and alert.handle == torrent.handle:
-                    torrent.on_alert(alert)
-                    return
 
     def close(self) -> None:
         """End the session; blocks until its threads are gone (they write to our pipe)."""
