@@ -1,8 +1,8 @@
-"""Command to the container's first output: hostos beside downloading everything first.
+"""Live boot over a shaped link, beside downloading the whole image first with plain libtorrent.
 
 Natively in a network namespace and inside the emulated guest; over 50 Mbit/s at several round trips and unshaped;
-from the bare hash and with the metadata at hand. Then what it costs the client, and several clients at once.
-The image is the quick start's Debian.
+from the bare hash and with the metadata at hand, published with a boot trace and without. Then what it costs the
+client, and several clients at once. The image is the quick start's Debian.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import psutil
 from bench import network
 from bench.harness import Comparison, Series, machine, publish
 from hostos.errors import failure
+from hostos.image import retrace
+from hostos.image.recording import Recording, from_reads
 from hostos.image.store import Store
 from hostos.live import emulated
 from hostos.live.client import Client, connect
@@ -61,20 +63,30 @@ def run(rounds: int, steps: Steps) -> Path:
         env = {**os.environ, "HOSTOS_HOME": str(work / "home")}
         image = publish_image(steps, env)
         peer = seed(stack, net.enter(net.seed), network.SEED, env)
-        bundle = json.loads(Store(work / "home/data").bundle(image).to_json())
-        target = Target(image, peer, bundle, work)
+        store = Store(work / "home/data")
+        traced = trace(store, image, net, peer, work, COMMAND, steps)
+        target, plain = (Target(each, peer, json.loads(store.bundle(each).to_json()), work) for each in (traced, image))
         net.shape(RATE_MBIT)
         for milliseconds, goals in GOALS.items():
             with delayed(net, peer, milliseconds) as there:
                 comparisons.append(
-                    _native(rounds, RATE_MBIT, milliseconds, net, replace(target, peer=there), goals, steps)
+                    _native(
+                        rounds,
+                        RATE_MBIT,
+                        milliseconds,
+                        net,
+                        replace(target, peer=there),
+                        replace(plain, peer=there),
+                        goals,
+                        steps,
+                    )
                 )
         net.shape(None)
-        comparisons.append(_native(rounds, None, 0, net, target, (1.0, 1.0), steps))
-        comparisons += cost(rounds, net, target, steps)
+        comparisons.append(_native(rounds, None, 0, net, target, plain, (1.0, 1.0), steps))
+        comparisons += cost(rounds, net, plain, steps)
         net.shape(RATE_MBIT)
-        comparisons.append(_guest(rounds, net, image, peer, work, env, steps))
-        comparisons.append(crowd.measure(rounds, target, env, steps))
+        comparisons.append(_guest(rounds, net, (image, traced), peer, work, env, steps))
+        comparisons.append(crowd.measure(rounds, plain, env, steps))
     return publish("live", comparisons, before)
 
 
@@ -120,6 +132,21 @@ def publish_image(steps: Steps, env: Mapping[str, str]) -> str:
     return done.stdout.strip()
 
 
+def trace(
+    store: Store, plain: str, net: network.Link, peer: str, work: Path, command: Sequence[str], steps: Steps
+) -> str:
+    """What `hostos image trace` does, without a machine: the image's hash afterwards."""
+    image = store.get(plain)
+    with retrace.twin(store, image, steps) as (twin, layout):
+        with client(net.enter(net.client), work / "trace") as (asked, _):
+            prepared = asked.ask("prepare", image=twin, peers=[peer], command=list(command), name="t", trace=True)
+            subprocess.run([*net.enter(net.client), *prepared["argv"]], stdout=subprocess.DEVNULL, check=True)
+            asked.ask("release", name="t")
+            reads = asked.ask("reads", name="t")["reads"]
+    recorded = from_reads(command, [(layer, offset, length) for layer, offset, length in reads], layout, 0)
+    return retrace.repack(store, image, Recording((recorded,)), steps)
+
+
 def seed(stack: ExitStack, enter: Sequence[str], address: str, env: Mapping[str, str]) -> str:
     started = [*enter, PROGRAM, "seed", "start", "--listen", address, "--json"]
     info = json.loads(subprocess.run(started, env=env, stdout=subprocess.PIPE, check=True).stdout)
@@ -133,18 +160,20 @@ def _native(
     milliseconds: int,
     net: network.Link,
     target: Target,
+    plain: Target,
     goals: tuple[float, float],
     steps: Steps,
 ) -> Comparison:
-    """Goals: with the metadata at hand, and from the bare hash."""
+    """`plain`: without a trace. Goals: with the metadata at hand, and from the bare hash."""
     link = f"{rate} Mbit/s, RTT {milliseconds} ms" if rate else "unshaped"
     at_hand, bare = Series("hostos, native, metadata at hand"), Series("hostos, native, bare hash")
+    untraced = Series("hostos, native, bare hash, no trace")
     full = Series("download everything, then boot")
     shares = []
     for number in range(rounds):
-        for series, bundle in ((at_hand, target.bundle), (bare, None)):
+        for series, booted, bundle in ((at_hand, target, target.bundle), (bare, target, None), (untraced, plain, None)):
             with steps.step(f"{link}: {series.name} {number + 1}") as step:
-                seconds, share = _native_lazy(net, target, bundle)
+                seconds, share = _native_lazy(net, booted, bundle)
                 series.samples.append(seconds)
                 shares.append(share)
                 step.detail = f"{seconds:.2f} s, {100 * share:.1f} % fetched"
@@ -156,7 +185,7 @@ def _native(
             step.detail = f"{full.samples[-1]:.2f} s"
     bare.notes["fetched share of the image, worst"] = max(shares)
     title = f"first output over {link}, native"
-    return Comparison(title, full.name, [full, at_hand, bare], {at_hand.name: goals[0], bare.name: goals[1]})
+    return Comparison(title, full.name, [full, at_hand, bare, untraced], {at_hand.name: goals[0], bare.name: goals[1]})
 
 
 def _native_lazy(net: network.Link, target: Target, bundle: dict[str, Any] | None) -> tuple[float, float]:
@@ -256,26 +285,38 @@ def timed(function: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def _guest(
-    rounds: int, net: network.Link, image: str, peer: str, work: Path, seed_env: Mapping[str, str], steps: Steps
+    rounds: int,
+    net: network.Link,
+    images: tuple[str, str],
+    peer: str,
+    work: Path,
+    seed_env: Mapping[str, str],
+    steps: Steps,
 ) -> Comparison:
-    lazy, full = Series("hostos, in the guest, bare hash"), Series("download everything in the guest, then boot")
+    """`images`: without a trace and with one."""
+    full = Series("download everything in the guest, then boot")
+    lazy, traced = Series("hostos, in the guest, bare hash"), Series("hostos, in the guest, bare hash, with a trace")
     # A home of its own: the machine must not find the image in the seed's store.
     env = {**seed_env, "HOSTOS_HOME": str(work / "guest")}
     enter = net.enter(net.client)
     for number in range(rounds):
-        with steps.step(f"guest: hostos {number + 1}") as step:
-            with _machine(enter, env):
-                command = [*enter, PROGRAM, "container", "boot", image, "--peer", peer, "--", *COMMAND]
-                lazy.samples.append(_first_output(command, env))
-            step.detail = f"{lazy.samples[-1]:.2f} s"
+        for series, image in zip((lazy, traced), images, strict=True):
+            with steps.step(f"guest: {series.name} {number + 1}") as step:
+                with _machine(enter, env):
+                    command = [*enter, PROGRAM, "container", "boot", image, "--peer", peer, "--", *COMMAND]
+                    series.samples.append(_first_output(command, env))
+                step.detail = f"{series.samples[-1]:.2f} s"
         with steps.step(f"guest: download first {number + 1}") as step:
             with _machine(enter, env):
-                remote = ["env", *PLAIN_HASHES, "python3", "-", image, peer, "/run/bench", *COMMAND]
+                remote = ["env", *PLAIN_HASHES, "python3", "-", images[0], peer, "/run/bench", *COMMAND]
                 command = [*enter, PROGRAM, "ssh", "--", shlex.join(remote)]
                 full.samples.append(_first_output(command, env, stdin=PEER_SCRIPT.read_bytes()))
             step.detail = f"{full.samples[-1]:.2f} s"
     return Comparison(
-        f"first output over {RATE_MBIT} Mbit/s, inside the emulated guest", full.name, [full, lazy], {lazy.name: 0.25}
+        f"first output over {RATE_MBIT} Mbit/s, inside the emulated guest",
+        full.name,
+        [full, lazy, traced],
+        {lazy.name: 0.25},
     )
 
 

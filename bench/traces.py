@@ -15,9 +15,7 @@ from pathlib import Path
 
 from bench import network
 from bench.harness import Comparison, Series, machine, publish
-from bench.live import client, publish_image, seed, timed
-from hostos.image import retrace
-from hostos.image.recording import Recording, from_reads
+from bench.live import client, publish_image, seed, timed, trace
 from hostos.image.store import Store
 from hostos.steps import Steps
 
@@ -37,24 +35,11 @@ def run(rounds: int, steps: Steps) -> Path:
         env = {**os.environ, "HOSTOS_HOME": str(work / "home")}
         plain = publish_image(steps, env)
         address = seed(stack, net.enter(net.seed), network.SEED, env)
-        traced = _trace(Store(work / "home/data"), plain, net, address, work, steps)
+        traced = trace(Store(work / "home/data"), plain, net, address, work, COMMAND, steps)
         net.shape(RATE_MBIT)
         for round_trip in ROUND_TRIPS_MS:
             comparisons.append(_compare(rounds, round_trip, net, (plain, traced), address, work, env, steps))
     return publish("traces", comparisons, before)
-
-
-def _trace(store: Store, plain: str, net: network.Link, address: str, work: Path, steps: Steps) -> str:
-    """What `hostos image trace` does, without a machine."""
-    image = store.get(plain)
-    with retrace.twin(store, image, steps) as (twin, layout):
-        with client(net.enter(net.client), work / "trace") as (asked, _):
-            prepared = asked.ask("prepare", image=twin, peers=[address], command=list(COMMAND), name="t", trace=True)
-            subprocess.run([*net.enter(net.client), *prepared["argv"]], stdout=subprocess.DEVNULL, check=True)
-            asked.ask("release", name="t")
-            reads = asked.ask("reads", name="t")["reads"]
-    recorded = from_reads(COMMAND, [(layer, offset, length) for layer, offset, length in reads], layout, 0)
-    return retrace.repack(store, image, Recording((recorded,)), steps)
 
 
 def _compare(

@@ -208,7 +208,7 @@ class Containers:
             self._bases.add(base)
             container.stack.callback(self._bases.discard, base)
         try:
-            # It takes a dozen programs, so while the first blocks are on their way.
+            # While the first blocks are on their way.
             try:
                 async with trio.open_nursery() as meanwhile:
                     if not only_mount and options.network == "nat":
