@@ -62,8 +62,8 @@ def choose(requested: str, arch: str) -> Choice:
         return Choice("tcg", "asked for")
     if arch != host_arch():
         if requested == "auto":
-            return Choice("tcg", f"a {arch} guest on a {host_arch()} host is emulated")
-        raise UserError(f"{requested} cannot run a {arch} guest on a {host_arch()} host", "use --accel tcg")
+            return Choice("tcg", f"an {arch} guest on an {host_arch()} host is emulated")
+        raise UserError(f"{requested} cannot run an {arch} guest on an {host_arch()} host", "use --accel tcg")
     mac = platform.system() == "Darwin"
     if requested == "hvf":
         if not mac:

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from hostos.errors import UserError
-from hostos.machine import accel, connection
+from hostos.machine import accel, connection, os_image
 from hostos.machine.identity import ensure_identity, ensure_key_pair
 from hostos.machine.instance import Instance
 
@@ -423,8 +423,13 @@ def test_little_memory_an_rsa_key_and_a_path_with_spaces(
 
 @pytest.mark.skipif(bool(accel.kvm_device_fault()), reason="needs a /dev/kvm that answers")
 def test_kvm_is_proven_or_given_up(hostos: Any) -> None:
-    """On some hosts the device answers and no guest ever runs."""
+    """On some hosts the device answers and no guest ever runs; a guest of another architecture is never tried."""
     asked = hostos.up("--accel", "kvm", "--json")
+    if hostos.arch != os_image.host_arch():
+        assert asked.status == 2
+        assert f"kvm cannot run an {hostos.arch} guest on an {os_image.host_arch()} host" in asked.err
+        assert hostos.qemus() == []
+        return
     if asked.status == 0:
         assert asked.json()["accelerator"] == "kvm"
         return

@@ -50,7 +50,8 @@ def test_two_clones(hostos: Any) -> None:
     assert hostos("ssh", "--", "cat", "/proc/sys/kernel/tainted").out == "0\n"
     journal = hostos("logs", "--journal").ok().out
     assert "Accepted publickey for root" in journal
-    assert "crng reseeded due to virtual machine fork" in journal
+    # QEMU's `virt` machine has no generation ID: there hostos has it renew its random numbers (docs/arm64.md).
+    assert ("crng reseeded due to virtual machine fork" in journal) == (hostos.arch == "x86_64")
     authorized = hostos("ssh", "--", "cat", "/root/.ssh/authorized_keys").out
     assert authorized.split()[1] == (hostos.directory() / "identity" / "control_ed25519.pub").read_text().split()[1]
     assert hostos("down", "--json").json()["clean"] is True

@@ -106,7 +106,7 @@ def test_boot_ssh_container_and_power_button(hostos: Any, tmp_path: Path) -> Non
     assert (up["state"], up["architecture"], up["failed_units"]) == ("running", "aarch64", [])
     if FOREIGN:
         assert up["accelerator"] == "tcg"
-        assert up["accelerator_reason"] == f"a aarch64 guest on a {os_image.host_arch()} host is emulated"
+        assert up["accelerator_reason"] == f"an aarch64 guest on an {os_image.host_arch()} host is emulated"
     assert hostos("ssh", "--", "uname", "-m").ok().out == "aarch64\n"
     assert hostos("ssh", "--", "cat", "/proc/sys/kernel/tainted").ok().out == "0\n"
     assert hostos("ssh", "--", "ls /dev/hwrng /dev/fuse /dev/net/tun | wc -l").ok().out == "3\n"

@@ -113,8 +113,8 @@ def test_accelerators() -> None:
     assert (accel.choose("auto", "aarch64").name, accel.choose("auto", "aarch64").fallback) == ("hvf", True)
     assert accel.choose("hvf", "aarch64") == accel.Choice("hvf", "asked for")
     foreign = accel.choose("auto", "x86_64")
-    assert (foreign.name, foreign.reason) == ("tcg", "a x86_64 guest on a aarch64 host is emulated")
-    with pytest.raises(UserError, match="hvf cannot run a x86_64 guest on a aarch64 host"):
+    assert (foreign.name, foreign.reason) == ("tcg", "an x86_64 guest on an aarch64 host is emulated")
+    with pytest.raises(UserError, match="hvf cannot run an x86_64 guest on an aarch64 host"):
         accel.choose("hvf", "x86_64")
 
 

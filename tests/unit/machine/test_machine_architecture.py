@@ -107,7 +107,7 @@ def test_other_names_of_the_same(said: str, means: str) -> None:
 def test_a_plan_for_arm(both: tuple[Path, Path], tmp_path: Path) -> None:
     made = plan.make_plan(Instance.named("box"), UpOptions(arch="aarch64"), ())
     assert (made.accelerator.name, made.config.arch) == ("tcg", "aarch64")
-    assert made.accelerator.reason == "a aarch64 guest on a x86_64 host is emulated"
+    assert made.accelerator.reason == "an aarch64 guest on an x86_64 host is emulated"
     words = made.config.cmdline.split()
     assert words[0] == "console=ttyAMA0"
     assert set(EMULATED["aarch64"].split()) <= set(words)
