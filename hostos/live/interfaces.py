@@ -2,8 +2,8 @@
 notice is all there is).
 
 libtorrent stops listening on an interface that loses its link, and overlooks that an address it knows has
-come back
-(libtorrent pull request 7737): a seed whose cable was pulled once would never be reached again. So it is told.
+come back (libtorrent pull request 7737): a seed whose cable was pulled once would never be reached again. So
+it is told.
 """
 
 from __future__ import annotations
