@@ -47,7 +47,7 @@ PEER_SCRIPT = Path(__file__).parent / "download_first.py"
 DEADLINE_S = 300.0
 MEMORY_MIB = 2048
 # The client does so by itself when emulated (hostos/live/emulated.py); the peer must not lose by that.
-PLAIN_HASHES = (f"{emulated.VARIABLE}={emulated.PLAIN}",)
+PLAIN_HASHES = f"{emulated.VARIABLE}={emulated.PLAIN}"
 PROGRAM = str(Path(sys.executable).parent / "hostos")
 
 
@@ -308,7 +308,7 @@ def _guest(
                 step.detail = f"{series.samples[-1]:.2f} s"
         with steps.step(f"guest: download first {number + 1}") as step:
             with _machine(enter, env):
-                remote = ["env", *PLAIN_HASHES, "python3", "-", images[0], peer, "/run/bench", *COMMAND]
+                remote = ["env", PLAIN_HASHES, "python3", "-", images[0], peer, "/run/bench", *COMMAND]
                 command = [*enter, PROGRAM, "ssh", "--", shlex.join(remote)]
                 full.samples.append(_first_output(command, env, stdin=PEER_SCRIPT.read_bytes()))
             step.detail = f"{full.samples[-1]:.2f} s"

@@ -136,8 +136,7 @@ class Membership:
         if isinstance(alert, lt.block_finished_alert):
             self._authors.setdefault(alert.piece_index, set()).add(_endpoint(alert))
             self._progress = time.monotonic()
-            return  # by far the most; nothing to the owner
-        if isinstance(alert, lt.piece_finished_alert):
+        elif isinstance(alert, lt.piece_finished_alert):
             self._progress = time.monotonic()
             self._stall_after, self._offline_pause = STALL_FIRST, OFFLINE_FIRST
             self._ledger.good(self._authors.pop(alert.piece_index, ()))

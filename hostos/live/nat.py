@@ -14,11 +14,12 @@ import struct
 
 from hostos.live.netlink import ACK, APPEND, CREATE, REQUEST, attribute, message, nest, open_socket, request
 
+PROTOCOL = 12
+"""NETLINK_NETFILTER"""
 TABLE, CHAIN = b"hostos", b"outward"
 PREFIX = bytes((10, 88))
 """Of the containers' addresses, as it is compared."""
 
-_NETLINK_NETFILTER = 12
 _BATCH_BEGIN, _BATCH_END, _NFTABLES = 16, 17, 10
 _NEW_TABLE, _DELETE_TABLE, _NEW_CHAIN, _NEW_RULE = 0, 2, 3, 6
 _POSTROUTING, _SOURCE_NAT = 4, 100
@@ -68,5 +69,5 @@ def messages() -> list[bytes]:
 
 def masquerade() -> None:
     """Have packets of containers leave with the machine's address. Raises OSError."""
-    with open_socket(_NETLINK_NETFILTER) as link:
+    with open_socket(PROTOCOL) as link:
         request(link, messages())

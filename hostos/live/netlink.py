@@ -53,18 +53,25 @@ def open_socket(protocol: int) -> socket.socket:
 
 def request(link: socket.socket, messages: Sequence[bytes], what: Sequence[str] = ()) -> None:
     """Send them at once and wait until each that asked for it is acknowledged. `what` names them, by their
-    sequence number. Raises OSError for the first that fails."""
+    sequence number. Raises OSError for the first that fails; nothing of it is left on the socket."""
     link.send(b"".join(messages))
     expected = sum(bool(struct.unpack_from("=H", each, 6)[0] & ACK) for each in messages)
     trouble: OSError | None = None
     while expected:
-        for kind, sequence, body in _received(link):
+        try:
+            answers = list(_received(link))
+        except BlockingIOError:
+            break
+        for kind, sequence, body in answers:
             if kind != _ERROR:
                 continue
             expected -= 1
             if code := struct.unpack_from("=i", body)[0]:  # 0 is success
                 name = what[sequence] if sequence < len(what) else f"message {sequence}"
                 trouble = trouble or OSError(-code, f"{name}: {os.strerror(-code)}")
+                # The other answers are there by now, or never come: a transaction may be refused as a whole.
+                link.setblocking(False)
+    link.settimeout(_TIMEOUT)
     if trouble:
         raise trouble
 

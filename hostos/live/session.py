@@ -29,15 +29,6 @@ ALERTS = (
     | lt.alert.category_t.connect_notification
 )
 
-HANDLED = frozenset(
-    {
-        *(lt.block_finished_alert, lt.piece_finished_alert, lt.read_piece_alert, lt.hash_failed_alert),
-        *(lt.peer_connect_alert, lt.peer_disconnected_alert, lt.cache_flushed_alert, lt.file_error_alert),
-        *(lt.metadata_received_alert, lt.listen_failed_alert, lt.listen_succeeded_alert),
-    }
-)
-"""What anybody here goes by. A piece brings three times as many that nobody does, and in an emulated guest
-asking of each what it is takes as long as fetching the piece."""
 LOOK_EVERY = 1.0
 """Seconds at least between two looks at the network interfaces."""
 BUSY_TICK = 0.1
@@ -143,26 +134,26 @@ class Swarm:
                 if self._interfaces.changed():
                     listen_again(self.session)
             for alert in self.session.pop_alerts():
-                if type(alert) in HANDLED:
-                    self._dispatch(alert)
+                self._dispatch(alert)
             # Every owner is asked: one that waits must not keep the others from being looked at.
             waiting = [torrent.tick() for torrent in self._torrents]
             tick = BUSY_TICK if any(waiting) else IDLE_TICK
 
     def _dispatch(self, alert: Any) -> None:
+        if isinstance(alert, lt.listen_failed_alert):
+            if not self._listened:
+                raise failure(f"cannot listen on {self.listen}: {alert.message()}", "give another port with --listen")
+            self.log(f"cannot listen: {alert.message()}")  # on one of several interfaces, or not yet again
+        if isinstance(alert, lt.listen_succeeded_alert) and alert.socket_type == lt.socket_type_t.tcp:
+            self._listened = True
+            self.log(f"listening on port {alert.port}")
+        if isinstance(alert, lt.peer_connect_alert | lt.listen_succeeded_alert):
+            self.nodelay.scan()
         if isinstance(alert, lt.torrent_alert):
-            if isinstance(alert, lt.peer_connect_alert):
-                self.nodelay.scan()
             for torrent in self._torrents:
                 if torrent.handle is not None and alert.handle == torrent.handle:
                     torrent.on_alert(alert)
                     return
-        if isinstance(alert, lt.listen_failed_alert) and not self._listened:
-            raise failure(f"cannot listen on {self.listen}: {alert.message()}", "give another port with --listen")
-        if isinstance(alert, lt.listen_succeeded_alert) and alert.socket_type == lt.socket_type_t.tcp:
-            self._listened = True
-            self.log(f"listening on port {alert.port}")
-            self.nodelay.scan()
 
     def close(self) -> None:
         """End the session; blocks until its threads are gone (they write to our pipe)."""

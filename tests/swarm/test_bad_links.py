@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
+
 from hostos.live.swarm_settings import SwarmSettings
 from swarm.conftest import HERE, PORT, Daemon, Helper, Lab, Published, RunSeed
 from swarm.test_faults import bundle, read_scattered
@@ -12,7 +14,9 @@ from swarm.test_faults import bundle, read_scattered
 HERE_WIRE, THERE_WIRE = "198.18.8.1", "198.18.8.2"
 
 
+@pytest.mark.parametrize("cut", ["p1", "p2"], ids=["of the seed", "of the client"])
 def test_link_drops_and_comes_back(
+    cut: str,
     lab: Lab,
     host_seed: RunSeed,
     client_daemon: Daemon,
@@ -23,13 +27,13 @@ def test_link_drops_and_comes_back(
         peers = [f"{lab.address(1)}:{PORT}"]
         client.ask("mount", image=published.image, peers=peers, name="cut", read_deadline=60)
         assert read_scattered(client_daemon, published, 5)[0] == 0
-        lab.run(0, "ip", "link", "set", "p1", "down")
+        lab.run(0, "ip", "link", "set", cut, "down")
         results: list[tuple[int, float]] = []
         reader = threading.Thread(target=lambda: results.append(read_scattered(client_daemon, published, 20, seed=9)))
         reader.start()
         time.sleep(6.0)
         assert reader.is_alive(), "everything had been read before the link was cut: nothing was tested"
-        lab.run(0, "ip", "link", "set", "p1", "up")
+        lab.run(0, "ip", "link", "set", cut, "up")
         reader.join(50)
         assert results, "the read never ended"
         assert results[0][0] == 0

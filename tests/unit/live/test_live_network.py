@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import struct
@@ -84,6 +85,17 @@ def test_interfaces_addresses_and_routes(tmp_path: Path) -> None:
         Batch().delete("one").apply(link)
         with pytest.raises(OSError, match="delete one: No such device"):
             Batch().delete("one").apply(link)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="netfilter may only be asked by root")
+def test_a_transaction_refused_as_a_whole_is_not_waited_for() -> None:
+    """One answer comes then, for all of its messages: its reason, not silence, is what is told."""
+    messages = nat.messages()
+    begin = bytearray(messages[0])
+    begin[18:20] = (99).to_bytes(2, "big")  # a part of netfilter that there is not
+    with netlink.open_socket(nat.PROTOCOL) as link, pytest.raises(OSError, match="message 0") as caught:
+        netlink.request(link, [bytes(begin), *messages[1:]])
+    assert caught.value.errno == errno.EINVAL
 
 
 def ip(network: Path, *arguments: str) -> str:
