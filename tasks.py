@@ -291,13 +291,18 @@ def bench_boot(_: Context, rounds: int = 5) -> None:
     boot.run(rounds, Steps(Talk()))
 
 
-@task(help={"rounds": "how often each side is measured (default: 5)"})
+@task(
+    help={
+        "rounds": "how often each side is measured (default: 5)",
+        "parts": "what to measure, with commas: native, init, btfs, cost, guest, crowd (default: all)",
+    }
+)
 @user_errors
-def bench_live(_: Context, rounds: int = 5) -> None:
-    """Live boot over a shaped link, beside download-everything-then-boot."""
+def bench_live(_: Context, rounds: int = 5, parts: str = "") -> None:
+    """Live boot over a shaped link, beside download-everything-then-boot and btfs."""
     from bench import live
 
-    live.run(rounds, Steps(Talk()))
+    live.run(rounds, parts.split(",") if parts else (), Steps(Talk()))
 
 
 @task(help={"rounds": "how often each side is measured (default: 3)"})

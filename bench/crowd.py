@@ -18,23 +18,29 @@ COUNTS = (1, 3, 8)
 GOALS = {3: 1.3, 8: 1.5}
 
 
-def measure(rounds: int, target: Target, env: Mapping[str, str], steps: Steps) -> Comparison:
-    """Time until the last of them has its first output; all begin at once, with the metadata at hand."""
-    series = {count: Series(f"{count} client{'s' if count > 1 else ''} at once") for count in COUNTS}
+def measure(rounds: int, target: Target, plain: Target, env: Mapping[str, str], steps: Steps) -> list[Comparison]:
+    """Time until the last of them has its first output; all begin at once, with the metadata at hand.
+
+    `target`: with a trace.
+    """
     with ExitStack() as stack:
         net = stack.enter_context(network.crowd(max(COUNTS)))
         # The seed of the other comparisons is in another network.
         subprocess.run([PROGRAM, "seed", "stop"], env=env, stderr=subprocess.DEVNULL, check=True)
         peer = seed(stack, net.enter(net.seed), net.address, env)
         net.shape(RATE_MBIT)
-        for number in range(rounds):
-            for count in COUNTS:
-                with steps.step(f"{count} at once, {number + 1}") as step:
-                    series[count].samples.append(_together(count, net, peer, target))
-                    step.detail = f"{series[count].samples[-1]:.2f} s"
-    goals = {series[count].name: goal for count, goal in GOALS.items()}
-    title = f"first output of the last client, one seed, everybody at {RATE_MBIT} Mbit/s"
-    return Comparison(title, series[1].name, list(series.values()), goals)
+        found = []
+        for image, how in ((target, ""), (plain, ", no trace")):
+            series = {count: Series(f"{count} client{'s' if count > 1 else ''} at once{how}") for count in COUNTS}
+            for number in range(rounds):
+                for count in COUNTS:
+                    with steps.step(f"{series[count].name}, {number + 1}") as step:
+                        series[count].samples.append(_together(count, net, peer, image))
+                        step.detail = f"{series[count].samples[-1]:.2f} s"
+            goals = {series[count].name: goal for count, goal in GOALS.items()}
+            title = f"first output of the last client, one seed, everybody at {RATE_MBIT} Mbit/s{how}"
+            found.append(Comparison(title, series[1].name, list(series.values()), goals))
+        return found
 
 
 def _together(count: int, net: network.Crowd, peer: str, target: Target) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -26,11 +25,10 @@ import psutil
 
 from bench import network
 from bench.harness import Comparison, Series, machine, publish
-from hostos.errors import failure
+from hostos.errors import UserError, failure
 from hostos.image import retrace
 from hostos.image.recording import Recording, from_reads
 from hostos.image.store import Store
-from hostos.live import emulated
 from hostos.live.client import Client, connect
 from hostos.quickstart import demonstration_image
 from hostos.steps import Steps
@@ -41,20 +39,20 @@ RATE_MBIT = 50
 # By round trip, ms: against download-everything, with the metadata at hand and from the bare hash.
 GOALS = {0: (0.08, 0.10), 40: (0.09, 0.12), 150: (0.15, 0.25)}
 DELAY_PORT = 6998
+PARTS = ("native", "init", "btfs", "cost", "guest", "crowd")
 COMMAND = ("python3", "-c", "print(1)")
 EXPECTED = b"1\n"
 PEER_SCRIPT = Path(__file__).parent / "download_first.py"
 DEADLINE_S = 300.0
-MEMORY_MIB = 2048
-# The client does so by itself when emulated (hostos/live/emulated.py); the peer must not lose by that.
-PLAIN_HASHES = f"{emulated.VARIABLE}={emulated.PLAIN}"
 PROGRAM = str(Path(sys.executable).parent / "hostos")
 
 
-def run(rounds: int, steps: Steps) -> Path:
-    """Measure and publish. Raises `UserError` without root, or when a side fails."""
-    from bench import crowd
+def run(rounds: int, parts: Sequence[str], steps: Steps) -> Path:
+    """Measure and publish `parts` (of `PARTS`; none: all). Raises `UserError` without root, or when a side fails."""
+    from bench import btfs, crowd, init_target, live_guest
 
+    if unknown := [each for each in parts if each not in PARTS]:
+        raise UserError(f"no part {unknown[0]!r} of bench.live", f"take of: {', '.join(PARTS)}")
     before = machine()
     comparisons = []
     with ExitStack() as stack:
@@ -64,29 +62,25 @@ def run(rounds: int, steps: Steps) -> Path:
         image = publish_image(steps, env)
         peer = seed(stack, net.enter(net.seed), network.SEED, env)
         store = Store(work / "home/data")
-        traced = trace(store, image, net, peer, work, COMMAND, steps)
+        traced = trace(store, image, net, peer, work, (COMMAND, ()), steps)
         target, plain = (Target(each, peer, json.loads(store.bundle(each).to_json()), work) for each in (traced, image))
-        net.shape(RATE_MBIT)
-        for milliseconds, goals in GOALS.items():
-            with delayed(net, peer, milliseconds) as there:
-                comparisons.append(
-                    _native(
-                        rounds,
-                        RATE_MBIT,
-                        milliseconds,
-                        net,
-                        replace(target, peer=there),
-                        replace(plain, peer=there),
-                        goals,
-                        steps,
-                    )
-                )
-        net.shape(None)
-        comparisons.append(_native(rounds, None, 0, net, target, plain, (1.0, 1.0), steps))
-        comparisons += cost(rounds, net, plain, steps)
-        net.shape(RATE_MBIT)
-        comparisons.append(_guest(rounds, net, (image, traced), peer, work, env, steps))
-        comparisons.append(crowd.measure(rounds, plain, env, steps))
+        for part in parts or PARTS:
+            net.shape(RATE_MBIT)
+            match part:
+                case "native":
+                    comparisons += _native_all(rounds, net, target, plain, steps)
+                case "init":
+                    comparisons += init_target.measure(rounds, net, target, plain, steps)
+                case "btfs":
+                    layer = next((store.layers_dir / store.get(image).manifest.layers[0].torrent).iterdir())
+                    comparisons.append(btfs.measure(rounds, net, target, plain, layer, steps))
+                case "cost":
+                    net.shape(None)
+                    comparisons += cost(rounds, net, plain, steps)
+                case "guest":
+                    comparisons.append(live_guest.measure(rounds, net, (image, traced), peer, work, env, steps))
+                case "crowd":
+                    comparisons += crowd.measure(rounds, target, plain, env, steps)
     return publish("live", comparisons, before)
 
 
@@ -98,6 +92,16 @@ class Target:
     peer: str
     bundle: dict[str, Any]
     work: Path
+
+
+def _native_all(rounds: int, net: network.Link, target: Target, plain: Target, steps: Steps) -> list[Comparison]:
+    comparisons = []
+    for milliseconds, goals in GOALS.items():
+        with delayed(net, target.peer, milliseconds) as there:
+            both = replace(target, peer=there), replace(plain, peer=there)
+            comparisons.append(_native(rounds, RATE_MBIT, milliseconds, net, *both, goals, steps))
+    net.shape(None)
+    return [*comparisons, _native(rounds, None, 0, net, target, plain, (1.0, 1.0), steps)]
 
 
 @contextmanager
@@ -133,18 +137,32 @@ def publish_image(steps: Steps, env: Mapping[str, str]) -> str:
 
 
 def trace(
-    store: Store, plain: str, net: network.Link, peer: str, work: Path, command: Sequence[str], steps: Steps
+    store: Store,
+    plain: str,
+    net: network.Link,
+    peer: str,
+    work: Path,
+    commands: Sequence[tuple[str, ...]],
+    steps: Steps,
 ) -> str:
-    """What `hostos image trace` does, without a machine: the image's hash afterwards."""
-    image = store.get(plain)
+    """What `hostos image trace --also` does, without a machine: the image's hash afterwards. No command: its init."""
+    from bench import init_target
+
+    image, workloads = store.get(plain), []
     with retrace.twin(store, image, steps) as (twin, layout):
-        with client(net.enter(net.client), work / "trace") as (asked, _):
-            prepared = asked.ask("prepare", image=twin, peers=[peer], command=list(command), name="t", trace=True)
-            subprocess.run([*net.enter(net.client), *prepared["argv"]], stdout=subprocess.DEVNULL, check=True)
-            asked.ask("release", name="t")
-            reads = asked.ask("reads", name="t")["reads"]
-    recorded = from_reads(command, [(layer, offset, length) for layer, offset, length in reads], layout, 0)
-    return retrace.repack(store, image, Recording((recorded,)), steps)
+        for command in commands:
+            with client(net.enter(net.client), work / "trace") as (asked, _):
+                what = {"command": list(command), "init": not command}
+                prepared = asked.ask("prepare", image=twin, peers=[peer], name="t", trace=True, **what)
+                argv = [*net.enter(net.client), *prepared["argv"]]
+                if command:
+                    subprocess.run(argv, stdout=subprocess.DEVNULL, check=True)
+                else:
+                    init_target.until_ready(argv)
+                asked.ask("release", name="t")
+                reads = [tuple(each) for each in asked.ask("reads", name="t")["reads"]]
+            workloads.append(from_reads(command, reads, layout, 0))
+    return retrace.repack(store, image, Recording(tuple(workloads)), steps)
 
 
 def seed(stack: ExitStack, enter: Sequence[str], address: str, env: Mapping[str, str]) -> str:
@@ -180,7 +198,7 @@ def _native(
         with steps.step(f"{link}: download first {number + 1}") as step:
             where = target.work / "full"
             command = [*net.enter(net.client), sys.executable, str(PEER_SCRIPT), target.image, target.peer]
-            full.samples.append(_first_output([*command, str(where), *COMMAND]))
+            full.samples.append(first_byte([*command, str(where), *COMMAND]))
             shutil.rmtree(where)
             step.detail = f"{full.samples[-1]:.2f} s"
     bare.notes["fetched share of the image, worst"] = max(shares)
@@ -204,7 +222,7 @@ def first_output(
     """Seconds since `began` to the first output of the container, and the image's size."""
     prepared = asked.ask("prepare", image=image, peers=[peer], bundle=bundle, command=list(COMMAND), name="bench")
     started = time.monotonic()
-    seconds = started - began + _first_output([*enter, *prepared["argv"]])
+    seconds = started - began + first_byte([*enter, *prepared["argv"]])
     asked.ask("release", name="bench")
     return seconds, int(prepared["size"])
 
@@ -284,58 +302,7 @@ def timed(function: Callable[[], Result]) -> tuple[float, Result]:
     return time.monotonic() - began, result
 
 
-def _guest(
-    rounds: int,
-    net: network.Link,
-    images: tuple[str, str],
-    peer: str,
-    work: Path,
-    seed_env: Mapping[str, str],
-    steps: Steps,
-) -> Comparison:
-    """`images`: without a trace and with one."""
-    full = Series("download everything in the guest, then boot")
-    lazy, traced = Series("hostos, in the guest, bare hash"), Series("hostos, in the guest, bare hash, with a trace")
-    # A home of its own: the machine must not find the image in the seed's store.
-    env = {**seed_env, "HOSTOS_HOME": str(work / "guest")}
-    enter = net.enter(net.client)
-    for number in range(rounds):
-        for series, image in zip((lazy, traced), images, strict=True):
-            with steps.step(f"guest: {series.name} {number + 1}") as step:
-                with _machine(enter, env):
-                    command = [*enter, PROGRAM, "container", "boot", image, "--peer", peer, "--", *COMMAND]
-                    series.samples.append(_first_output(command, env))
-                step.detail = f"{series.samples[-1]:.2f} s"
-        with steps.step(f"guest: download first {number + 1}") as step:
-            with _machine(enter, env):
-                remote = ["env", PLAIN_HASHES, "python3", "-", images[0], peer, "/run/bench", *COMMAND]
-                command = [*enter, PROGRAM, "ssh", "--", shlex.join(remote)]
-                full.samples.append(_first_output(command, env, stdin=PEER_SCRIPT.read_bytes()))
-            step.detail = f"{full.samples[-1]:.2f} s"
-    return Comparison(
-        f"first output over {RATE_MBIT} Mbit/s, inside the emulated guest",
-        full.name,
-        [full, lazy, traced],
-        {lazy.name: 0.25},
-    )
-
-
-@contextmanager
-def _machine(enter: Sequence[str], env: Mapping[str, str]) -> Iterator[None]:
-    """A machine that has just booted, with an empty cache."""
-    up = [*enter, PROGRAM, "up", "--cold", "--accel", "tcg", "--memory", str(MEMORY_MIB)]
-    done = subprocess.run(up, env=env, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise failure(f"hostos up failed: {done.stderr}")
-    # The client starts behind SSH; what is measured is a machine at rest: its answer says that it is up.
-    subprocess.run([*enter, PROGRAM, "container", "ls"], env=env, stdout=subprocess.DEVNULL, check=True)
-    try:
-        yield
-    finally:
-        subprocess.run([PROGRAM, "kill"], env=env, capture_output=True, check=False)
-
-
-def _first_output(command: Sequence[str], env: Mapping[str, str] | None = None, *, stdin: bytes = b"") -> float:
+def first_byte(command: Sequence[str], env: Mapping[str, str] | None = None, *, stdin: bytes = b"") -> float:
     """Seconds until the first byte of the command's output, which must be what the container prints."""
     began = time.monotonic()
     with tempfile.TemporaryFile() as errors:

@@ -35,7 +35,7 @@ def run(rounds: int, steps: Steps) -> Path:
         env = {**os.environ, "HOSTOS_HOME": str(work / "home")}
         plain = publish_image(steps, env)
         address = seed(stack, net.enter(net.seed), network.SEED, env)
-        traced = trace(Store(work / "home/data"), plain, net, address, work, COMMAND, steps)
+        traced = trace(Store(work / "home/data"), plain, net, address, work, (COMMAND,), steps)
         net.shape(RATE_MBIT)
         for round_trip in ROUND_TRIPS_MS:
             comparisons.append(_compare(rounds, round_trip, net, (plain, traced), address, work, env, steps))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -119,12 +120,19 @@ class Options:
                 raise UserError("an argument contains a NUL byte")
 
 
-def nspawn_argv(options: Options, boot: BootConfig, root: str, base: int | None, network: str = "") -> list[str]:
+def nspawn_argv(
+    options: Options,
+    boot: BootConfig,
+    root: str,
+    base: int | None,
+    network: str = "",
+    init_arguments: Sequence[str] = (),
+) -> list[str]:
     """The systemd-nspawn command line.
 
     `boot`: what the image asks for; `root`: the mounted tree; `base`: first user of its range
-    (None: no user namespace); `network`: the namespace of its own network. The command of `options`
-    replaces the image's.
+    (None: no user namespace); `network`: the namespace of its own network; `init_arguments`: for its init.
+    The command of `options` replaces the image's.
     """
     argv = [
         # nspawn itself could not join it any more once it is in the container's user namespace.
@@ -156,8 +164,7 @@ def nspawn_argv(options: Options, boot: BootConfig, root: str, base: int | None,
         shifted = ":idmap" if base is not None and bind.shifted else ""
         argv.append(f"{option}={_escape(bind.source)}:{_escape(bind.target)}{shifted}")
     if options.init:
-        argv += ["--notify-ready=yes", *options.nspawn, "--boot"]
-        return argv
+        return [*argv, "--notify-ready=yes", *options.nspawn, "--boot", *init_arguments]
     argv.append("--as-pid2")  # ordinary programs don't reap orphans, nor die by SIGTERM as PID 1
     argv += [f"--setenv={key}={value}" for key, value in boot.env]
     if boot.user:

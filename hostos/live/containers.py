@@ -208,6 +208,9 @@ class Containers:
             self._bases.add(base)
             container.stack.callback(self._bases.discard, base)
         try:
+            if isinstance(found, ImageBundle):
+                self._images.shared.begin(found)
+                container.offered = found.image
             # While the first blocks are on their way.
             try:
                 async with trio.open_nursery() as meanwhile:
@@ -352,6 +355,8 @@ class Containers:
                 del self._timelines[next(iter(self._timelines))]
         for scope in container.listening:
             scope.cancel()
+        if container.offered:
+            self._images.shared.end(container.offered)
         await in_thread(container.stack.close)
         for layer, plan in zip(container.layers, container.plans, strict=False):
             layer.drop(plan)

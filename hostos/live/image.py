@@ -25,6 +25,7 @@ from hostos.live.ipfs_image import IpfsImage
 from hostos.live.ipfs_image import load as load_ipfs
 from hostos.live.ledger import Endpoint
 from hostos.live.session import Swarm
+from hostos.live.shared import Shared
 from hostos.live.source import SourceError
 from hostos.live.torrent_source import TorrentSource, from_metadata
 from hostos.live.torrents import (
@@ -70,6 +71,7 @@ class Images:
     def __init__(self, swarm: Swarm, nursery: trio.Nursery, directory: Path, blocks: Blocks, machine: str = "") -> None:
         self.swarm, self._nursery, self._directory, self._blocks = swarm, nursery, directory, blocks
         self._machine = machine or os.uname().machine
+        self.shared = Shared(swarm, directory)
         # Not among the images: it has no layers to keep.
         self._indexes = directory.with_name("indexes")
 
@@ -165,6 +167,7 @@ class Images:
         self, image: str, peers: tuple[str, ...], web: list[Url], deadline: float
     ) -> ImageBundle | indexes.Index:
         """From peers and web seeds at once: whoever has it first."""
+        self.shared.withdraw(image)  # what is fetched again was damaged
         if not web:
             return await self._fetch(image, peers, deadline)
         found: list[ImageBundle | indexes.Index] = []

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import libtorrent as lt
 
 from hostos.live.ledger import Endpoint, Ledger
+from hostos.live.schedule import NOBODY, Neighbours
 from hostos.live.session import Swarm
 
 STALL_FIRST, STALL_MOST = 1.0, 8.0
@@ -25,6 +26,9 @@ OFFLINE_FIRST, OFFLINE_MOST = 0.25, 2.0
 """Seconds between two attempts to reach anybody at all; doubled each time up to the most."""
 OFFLINE_PATIENT = 10.0
 """The least of them while the same can be had elsewhere: what came meanwhile is handed over again each time."""
+
+LOOK_EVERY = 0.1
+"""Seconds at least between two looks at what peers have."""
 
 Parameters = Callable[[], Any]
 """Makes fresh `add_torrent_params` with the torrent's metadata, nothing else set."""
@@ -60,6 +64,7 @@ class Membership:
         self.patient = False
         """Nobody connected is no reason to hurry: there are other ways to get what is wanted."""
         self._offline_pause = OFFLINE_FIRST
+        self._neighbours, self._looked, self._look_every = NOBODY, 0.0, LOOK_EVERY
         self._past = (0, 0, 0)  # downloaded, uploaded, wasted by earlier handles
 
     # --- in and out -------------------------------------------------------------------------------
@@ -154,6 +159,24 @@ class Membership:
 
     def tick(self) -> bool:
         return self._owner.tick()
+
+    def neighbours(self) -> Neighbours:
+        """The peers that are fetching, too, and what they have."""
+        now = time.monotonic()
+        if len(self.connected) < 2 or self.handle is None:
+            self._neighbours = NOBODY
+        elif now - self._looked > self._look_every:
+            self._neighbours = Neighbours(
+                tuple(
+                    peer.pieces
+                    for peer in self.handle.get_peer_info()
+                    if not peer.flags & (lt.peer_info.seed | lt.peer_info.connecting | lt.peer_info.handshake)
+                )
+            )
+            self._looked = time.monotonic()
+            # It takes longer the larger the image is.
+            self._look_every = max(LOOK_EVERY, 20 * (self._looked - now))
+        return self._neighbours
 
     # --- patience ---------------------------------------------------------------------------------
 

@@ -194,6 +194,7 @@ class Root:
             try:
                 root_files.mount_kernel_file_systems(root)
                 root_files.identify(root, kept=self.wanted.persist)
+                root_files.spare_updates(root)
                 servers = [
                     line.split()[1]
                     for line in (RUN / "resolv.conf").read_text().splitlines()

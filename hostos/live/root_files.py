@@ -54,6 +54,19 @@ def identify(root: Inside, here: Path = Path("/"), *, kept: bool = False) -> Non
         root.write("root/.ssh/authorized_keys", text.encode(errors="surrogateescape"), 0o600)
 
 
+def spare_updates(root: Inside) -> None:
+    """Have systemd believe that /etc and /var are not older than /usr, as in `hostos.live.running.NO_UPDATE`.
+
+    Only where a package manager made them whole. Raises OSError.
+    """
+    if not root.read("etc/ld.so.cache"):
+        return
+    for directory in ("etc", "var"):
+        # What is there was kept from an earlier run, or is the image's own business.
+        if not root.read(f"{directory}/.updated"):
+            root.write(f"{directory}/.updated", "# as the image has it\n")
+
+
 def keep_network(root: Inside, interface: str, servers: list[str]) -> None:
     """Tell whatever manages networks in there that `interface` is up and looked after. Raises OSError.
 

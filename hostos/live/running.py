@@ -37,6 +37,13 @@ KILL_LIMIT = 5.0
 
 INITS = ("usr/lib/systemd/systemd", "lib/systemd/systemd", "usr/sbin/init", "sbin/init")
 """Where systemd-nspawn looks for an init."""
+SYSTEMD = INITS[:2]
+"""Which of these are systemd."""
+LINKER_CACHE = "etc/ld.so.cache"
+NO_UPDATE = "systemd.condition_needs_update=0"
+"""For systemd as an init (kernel-command-line(7); in a container those are its arguments). It takes an /etc without a
+note that it is up to date (`.updated`) for older than /usr, and runs ldconfig, which reads all libraries, and more: at
+each boot, if changes are not kept. Where there is a linker's cache already, a package manager has done all that."""
 GETENT = ("usr/bin/getent", "bin/getent")
 """What systemd-nspawn runs in the image to find out about a user."""
 
@@ -75,6 +82,8 @@ class Container:
     """Why it was stopped, if it was because nobody had what it reads."""
     listening: list[trio.CancelScope] = field(default_factory=list)
     given_up: trio.Event = field(default_factory=trio.Event)
+    offered: str = ""
+    """The image whose metadata others may have from this machine because of it."""
     only_mounted: bool = False
     fifo: int = -1
 
@@ -114,7 +123,9 @@ class Container:
         shutil.rmtree(self.state, ignore_errors=True)
         self.state.mkdir(parents=True)
         self.state.chmod(0o700)
-        argv = nspawn_argv(self.options, self.bundle.manifest.boot, str(self.root), self.base, str(self.network_file))
+        network = str(self.network_file)
+        done = _has(self.root, SYSTEMD) and _has(self.root, (LINKER_CACHE,)) and not self.options.persist
+        argv = nspawn_argv(self.options, image.boot, str(self.root), self.base, network, [NO_UPDATE] if done else [])
         self.script.write_text(run_script(argv, str(self.announce)))
         os.mkfifo(self.announce, 0o600)
         # Opened before anybody can start it, or what is written would be gone with its writer. For

@@ -5,15 +5,21 @@
 Blocked reads are not queued here: they are asked for at once. But what has been asked for already is
 on the wire before them, so the others keep to a window: large enough to keep the link full, and no
 larger. It doubles as long as that makes pieces come faster.
+
+Among others that are fetching the same image (`Neighbours`), a boot trace is not followed to the letter: what one of
+them has already comes first, and else anything of the next few MB, so that each gets something else
+from the seed, and has it to give.
 """
 
 from __future__ import annotations
 
+import random
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from hostos.errors import UserError
 from hostos.live.journal import Why
@@ -22,6 +28,9 @@ WINDOW_LEAST, WINDOW_MOST = 256 * 1024, 16 * 1024 * 1024
 """Bytes asked for ahead. The least is 40 ms of 50 Mbit/s; the most keeps 600 Mbit/s at 200 ms full."""
 FASTER, SLOWER = 1.2, 0.4
 """A window counts as better, or as too large, when the rate becomes that many times what it was."""
+SPREAD = 4 * 1024 * 1024
+"""Bytes of a boot trace out of which something is picked among others who fetch the same. More would be shared still
+better, and delay what is read first."""
 IDLE = 0.3
 """Seconds without a blocked read after which the rest may be fetched."""
 
@@ -78,6 +87,20 @@ class Window:
             self.size = max(self.size // 2, WINDOW_LEAST)
 
 
+@dataclass(frozen=True)
+class Neighbours:
+    """Peers that don't have everything yet either: which pieces each of them has."""
+
+    pieces: Sequence[Sequence[bool]] = ()
+
+    def have(self, piece: int) -> bool:
+        """Whether one of them has it."""
+        return any(each[piece] for each in self.pieces)
+
+
+NOBODY = Neighbours()
+
+
 class Schedule:
     """Asks for pieces that nobody waits for.
 
@@ -91,7 +114,10 @@ class Schedule:
         expected: Callable[[int], bool],
         ask: Callable[[int, int], None],
         clock: Callable[[], float] = time.monotonic,
+        choose: Callable[[Sequence[int]], int] = random.choice,
     ) -> None:
+        self.neighbours = NOBODY
+        self._choose = choose
         self._pieces, self._piece_size = pieces, piece_size
         self._expected, self._ask, self._clock = expected, ask, clock
         self.window = Window(clock)
@@ -169,12 +195,25 @@ class Schedule:
     def _next(self) -> tuple[int, Why] | None:
         for plan in self._plans:
             while plan:
-                if not self._has(piece := plan.popleft()):
+                if not self._has(piece := self._next_of_plan(plan)):
                     return piece, "trace"
         while self._ahead:
             if not self._has(piece := self._ahead.popleft()):
                 return piece, "ahead"
         return self._next_of_rest()
+
+    def _next_of_plan(self, plan: deque[int]) -> int:
+        """Takes it off the plan, which is not empty."""
+        if not self.neighbours.pieces:
+            return plan.popleft()
+        while self._has(plan[0]) and len(plan) > 1:
+            plan.popleft()
+        near = list(islice(plan, max(SPREAD // self._piece_size, 1)))
+        piece = next((each for each in near if self.neighbours.have(each)), None)
+        if piece is None:
+            piece = self._choose(near)
+        plan.remove(piece)
+        return piece
 
     def _next_of_rest(self) -> tuple[int, Why] | None:
         now = self._clock()

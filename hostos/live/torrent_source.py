@@ -393,6 +393,8 @@ class TorrentSource:
         self._look_after_web()
         if not self._store.flushing and self._store.unflushed and self._store.since_flush() > FLUSH_EVERY:
             self._begin_flush()
+        if self.schedule.active:
+            self.schedule.neighbours = self._membership.neighbours()
         if not self._waiting:
             # Back to several sources only while nobody waits.
             self._rebuild_if(self._membership.cleared())

@@ -268,6 +268,31 @@ def test_a_port_of_the_container_on_this_host(boot, image, session_hostos):
     assert f":{port}:" not in session_hostos("port", "ls", "-m", "live").ok().out
 
 
+def test_a_machine_has_it_from_another_machine_alone(boot, image, session_hostos, hostos):
+    """The host that published it is gone; the one that knows nothing but the hash asks a guest."""
+    digest, sums = image
+    words = ("container", "boot", "-m", "live", digest, "--name", "giver", "--")
+    giver = session_hostos.start(*words, "sh", "-c", "cat /data/* > /dev/null; echo read; sleep 600")
+    try:
+        assert giver.stdout.readline() == b"read\n"
+        session_hostos("seed", "stop").ok()
+        port = json.loads(session_hostos("inspect", "live").ok().out)["run"]["swarm_port"]
+        hostos.up("-m", "taker").ok()
+        check = f"sha256sum {' '.join(sums)}"
+        done = hostos(
+            *("container", "boot", "-m", "taker", digest, "--peer", f"127.0.0.1:{port}", "--name", "taker"),
+            *("--", "sh", "-c", check),
+        ).ok()
+        assert {line.split()[1]: line.split()[0] for line in done.out.splitlines()} == sums
+        giving = json.loads(session_hostos("container", "stats", "-m", "live", "giver", "--json").ok().out)
+        (layer,) = giving["layers"]
+        assert sum(peer["uploaded"] for peer in layer["from"]) > 40 * 256 * 1024
+    finally:
+        giver.send_signal(signal.SIGINT)
+        giver.wait(60)
+        session_hostos("seed", "start").ok()
+
+
 def test_nobody_has_it(boot):
     missing = "ab" * 32
     done = boot(missing, "--peer", "127.0.0.1:9", "--deadline", "3", "--", "true")

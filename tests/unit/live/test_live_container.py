@@ -143,6 +143,15 @@ def test_init_takes_neither_command_nor_user() -> None:
     assert "httpd" not in argv
 
 
+def test_what_is_for_the_init_comes_last() -> None:
+    chosen = options(command=(), init=True, console="read-only", nspawn=("--tmpfs=/x",))
+    assert nspawn_argv(chosen, BootConfig(), "/root", 524288, init_arguments=["a=1"])[-3:] == [
+        "--tmpfs=/x",
+        "--boot",
+        "a=1",
+    ]
+
+
 def test_binds_with_colons_and_backslashes_are_escaped() -> None:
     bound = options(binds=(Bind("/a:b", "/c\\d", True),))
     argv = nspawn_argv(bound, BootConfig(), "/root", 524288)

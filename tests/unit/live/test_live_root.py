@@ -130,3 +130,23 @@ def test_a_resolver_of_the_image_keeps_its_own_file(image):
     with Inside(image) as root:
         root_files.keep_network(root, "eth0", ["10.0.2.3"])
     assert "stub" in str((image / "etc/resolv.conf").readlink())
+
+
+def test_an_etc_that_is_whole_is_not_made_again_at_each_boot(image):
+    def updated():
+        return [(image / name / ".updated").exists() for name in ("etc", "var")]
+
+    with Inside(image) as root:
+        root_files.spare_updates(root)
+        assert updated() == [False, False]  # it may be empty on purpose: systemd is to fill it
+        (image / "etc/ld.so.cache").write_text("libraries")
+        root_files.spare_updates(root)
+    assert updated() == [True, True]
+
+
+def test_what_a_kept_system_noted_itself_stays(image):
+    (image / "etc/ld.so.cache").write_text("libraries")
+    (image / "etc/.updated").write_text("TIMESTAMP_NSEC=1\n")
+    with Inside(image) as root:
+        root_files.spare_updates(root)
+    assert (image / "etc/.updated").read_text() == "TIMESTAMP_NSEC=1\n"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hostos.errors import UserError
 from hostos.live.journal import Journal
-from hostos.live.schedule import WINDOW_LEAST, WINDOW_MOST, Rest, Schedule, Window
+from hostos.live.schedule import NOBODY, SPREAD, WINDOW_LEAST, WINDOW_MOST, Neighbours, Rest, Schedule, Window
 from hostos.live.trace import MAX_TRACE, Range, Trace, Workload, pieces
 
 SIZES = (1_000_000, 50_000)
@@ -121,7 +121,7 @@ class Asked:
         self.here: set[int] = set()
         self.asked: list[int] = []
         self.schedule = Schedule(
-            count, PIECE, self.here.__contains__, lambda piece, _: self.asked.append(piece), self.clock
+            count, PIECE, self.here.__contains__, lambda piece, _: self.asked.append(piece), self.clock, max
         )
 
     def come(self, piece: int, after: float = 0.0) -> str:
@@ -141,6 +141,34 @@ def test_the_trace_is_asked_for_in_order_and_never_more_than_the_window() -> Non
     assert made.asked == [100, 101, 102, 103, 104]
     made.schedule.pump(waiting=True)
     assert len(made.asked) == 5
+
+
+def having(*pieces: int) -> list[bool]:
+    return [piece in pieces for piece in range(1000)]
+
+
+def test_among_others_first_what_they_have_and_else_anything_near() -> None:
+    made = Asked()
+    made.schedule.replay(range(100, 300))
+    made.schedule.neighbours = Neighbours((having(0, 110, 250), having(103)))
+    made.schedule.pump(waiting=True)
+    # The choice is `max` here; 250 is too far off.
+    last = 100 + SPREAD // PIECE + 1
+    assert made.asked == [103, 110, last, last + 1]
+    made.schedule.neighbours = NOBODY
+    made.come(103)
+    assert made.asked[4:] == [100]
+
+
+def test_among_others_everything_is_asked_for_once_in_the_end() -> None:
+    made = Asked()
+    made.here.update(range(100, 120))
+    made.schedule.replay([*range(100, 200), *range(90, 110)])
+    made.schedule.neighbours = Neighbours((having(*range(0, 1000, 3)),))
+    made.schedule.pump(waiting=True)
+    while left := [piece for piece in made.asked if piece not in made.here]:
+        made.come(left[0])
+    assert sorted(made.asked) == [*range(90, 100), *range(120, 200)]
 
 
 def test_the_trace_goes_before_read_ahead_and_that_before_the_rest() -> None:
