@@ -163,7 +163,7 @@ class Membership:
     def neighbours(self) -> Neighbours:
         """The peers that are fetching, too, and what they have."""
         now = time.monotonic()
-        if len(self.connected) < 2 or self.handle is None:
+        if not self.connected or self.handle is None:
             self._neighbours = NOBODY
         elif now - self._looked > self._look_every:
             self._neighbours = Neighbours(

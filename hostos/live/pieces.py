@@ -220,21 +220,26 @@ class PieceStore:
 
     # --- claims -----------------------------------------------------------------------------------
 
-    def prove(self, piece: int) -> None:
-        """Hash a claimed piece; only if it is right it counts."""
+    def next_claim(self) -> int | None:
+        """A piece that is said to be in the file, and was not proved yet."""
+        return next(iter(self._claimed), None)
+
+    def prove(self, piece: int) -> bool:
+        """Hash a claimed piece; only if it is right it counts. Whether it was proved now."""
         if piece not in self._claimed:
-            return
+            return False
         self._claimed.discard(piece)
         if self._on_disk[piece] or self._hashes is None:
-            return
+            return False
         start = piece * self._piece_size
         with suppress(OSError):
             data = self._pread(start, min(self._piece_size, self._size - start))
             if self._hashes.proves(piece, data):
                 self._verified[piece] = self._on_disk[piece] = 1
-                return
+                return True
         if self._verified[piece]:
             self._lost(piece)
+        return False
 
     @property
     def _note(self) -> Path:

@@ -32,6 +32,9 @@ FLUSH_EVERY = 0.5
 """Seconds between two confirmations that pieces are in the file (until then they cost memory)."""
 FLUSH_LIMIT = 0.5
 """Seconds to wait for such a confirmation before the torrent is added anew anyway."""
+OFFER_SLICE, OFFER_EVERY = 0.05, 10.0
+"""Seconds at a time in which what an earlier run left is proved for others, while nobody here waits; and between two
+times that they are told."""
 LOST_PAUSE = 0.5
 """Seconds before a piece that could not be written is tried again: the disk is likely full."""
 DEMAND = DEADLINES["demand"]
@@ -129,6 +132,9 @@ class TorrentSource:
         self._flushed: trio.Event | None = None
         self._trouble: str = ""
         self._rebuilding = False
+        self._proved = 0
+        """Pieces from an earlier run that are right, and that libtorrent does not know to be here."""
+        self._offered = 0.0
         self._waits = Waits()
         self._stats = SourceStats(size=self._size)
         self._hash_failures = 0
@@ -203,7 +209,7 @@ class TorrentSource:
         self._stats.read_bytes += end - offset
         self.journal.reading(offset, end - offset, first, last)
         for piece in range(first, last + 1):
-            self._store.prove(piece)
+            self._proved += self._store.prove(piece)
         missing = [piece for piece in range(first, last + 1) if not self._store.ready(piece)]
         began = time.monotonic()
         absent = any(not self._store.verified(piece) for piece in missing)
@@ -362,6 +368,22 @@ class TorrentSource:
             if not self._membership.connected or now - wait.began > self._hedge:
                 self.web.fetch(piece, ahead=False)
 
+    # --- for others -------------------------------------------------------------------------------
+
+    def _offer(self) -> bool:
+        """While peers are there that lack something: prove what an earlier run left, and let them have it, for which
+        the swarm is joined anew. Whether there is more to do."""
+        if not self._membership.connected or (self._store.next_claim() is None and not self._proved):
+            return False
+        if self._membership.neighbours().pieces:
+            began = time.monotonic()
+            while (piece := self._store.next_claim()) is not None and time.monotonic() - began < OFFER_SLICE:
+                self._proved += self._store.prove(piece)
+            if self._proved and (piece is None or began - self._offered > OFFER_EVERY):
+                self._offered = began
+                self._rebuild_if("others may have what an earlier run left")
+        return True
+
     # --- getting it onto the disk -----------------------------------------------------------------
 
     def _begin_flush(self) -> None:
@@ -400,7 +422,8 @@ class TorrentSource:
             self._rebuild_if(self._membership.cleared())
             if self.schedule.active:
                 self.schedule.pump(waiting=False)
-            return self.schedule.active or self._store.unflushed or self._store.flushing or bool(self._given)
+            busy = self.schedule.active or self._store.unflushed or self._store.flushing or bool(self._given)
+            return self._offer() or busy
         if not self._membership.connected:
             self._rebuild_if(self._membership.lonely())
         else:
@@ -422,6 +445,7 @@ class TorrentSource:
             self.log(f"joining anew: {why}")
             self._stats.rebuilds += 1
             self._store.forget_unwritten()
+            self._proved = 0
             self._membership.join_anew(self._store.on_disk(), self._wanted())
         finally:
             self._rebuilding = False
