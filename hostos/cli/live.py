@@ -15,11 +15,10 @@ from hostos.image import indexes
 from hostos.image.store import Store
 from hostos.live import cid
 from hostos.live.client import Client
-from hostos.live.gateways import parse_gateway
-from hostos.live.http import parse_url
 from hostos.live.index import Index
 from hostos.live.swarm_settings import SwarmSettings
 from hostos.live.torrents import ImageBundle, parse_image_reference, parse_peer, parse_web_seed
+from hostos.live.url import parse_gateway, parse_url
 from hostos.machine.connection import Connection, ConnectionLost, connect
 from hostos.machine.instance import Instance
 from hostos.names import resolve as names

@@ -24,7 +24,7 @@ from urllib.parse import quote
 from hostos.errors import UserError, failure
 from hostos.image.store import Store, StoredImage
 from hostos.live import cid
-from hostos.live.http import Url, parse_url
+from hostos.live.url import Url, parse_url
 from hostos.steps import Steps
 
 DEFAULT_API = "http://127.0.0.1:5001"

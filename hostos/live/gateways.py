@@ -5,10 +5,8 @@ A gateway is asked for one block at a time (`?format=raw`, https://specs.ipfs.te
 
 from __future__ import annotations
 
-from hostos.errors import UserError
 from hostos.live.cid import Cid
 from hostos.live.dagpb import MAX_BLOCK
-from hostos.live.http import Url, parse_url
 from hostos.live.servers import Servers, Wanted
 
 ACCEPT = "application/vnd.ipld.raw"
@@ -27,11 +25,3 @@ class Gateways(Servers):
         return await self.obtain(
             Wanted(str(cid), f"/ipfs/{cid}?format=raw", MAX_BLOCK, cid.matches, accept=ACCEPT, types=TYPES)
         )
-
-
-def parse_gateway(text: str) -> Url:
-    """The address of a gateway: `http[s]://HOST[:PORT][/PATH]`. Raises UserError."""
-    try:
-        return parse_url(text)
-    except UserError as error:
-        raise UserError(f"--gateway: {error.message}", error.hint) from None

@@ -10,20 +10,16 @@ import os
 import re
 import ssl
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import trio
 
-from hostos.errors import UserError
+from hostos.live.url import Url
 
 MAX_HEAD = 32 * 1024
 """Most bytes of status line and headers."""
 CHUNK = 256 * 1024
 
 _STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |\r?$)")
-_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
-_PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+)*")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 Span = tuple[int, int]
@@ -32,49 +28,6 @@ Span = tuple[int, int]
 
 class HttpError(Exception):
     """The answer is not one, or there is none. `str()` says why."""
-
-
-@dataclass(frozen=True)
-class Url:
-    """Where a server is. `path` has no slash at its end."""
-
-    secure: bool
-    host: str
-    port: int
-    path: str = ""
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http{'s' if self.secure else ''}://{host}:{self.port}{self.path}"
-
-    @property
-    def loopback(self) -> bool:
-        return self.host in _LOOPBACK
-
-    @property
-    def authority(self) -> str:
-        """For the Host field: the port is left out where everybody expects it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.secure else 80) else f"{host}:{self.port}"
-
-
-def parse_url(text: str, example: str = "http://127.0.0.1:8080") -> Url:
-    """Reads `http[s]://HOST[:PORT][/PATH]`. Raises UserError, with `example` as the hint."""
-    wrong = UserError(f"not the address of a server: {text[:80]!r}", f"write it as {example}")
-    if not text.strip().isprintable():  # urlsplit leaves some such letters out
-        raise wrong
-    try:
-        parts = urlsplit(text.strip())
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        raise wrong from None
-    path = parts.path.rstrip("/")
-    if parts.scheme not in ("http", "https") or parts.query or parts.fragment or "@" in parts.netloc or port == 0:
-        raise wrong
-    if not _HOST.fullmatch(host) or not _PATH.fullmatch(path) or len(path) > 1024:
-        raise wrong
-    secure = parts.scheme == "https"
-    return Url(secure, host, port or (443 if secure else 80), path)
 
 
 @dataclass(frozen=True)

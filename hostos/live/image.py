@@ -20,7 +20,6 @@ from hostos.errors import UserError, failure
 from hostos.live import index as indexes
 from hostos.live.blocks import Blocks
 from hostos.live.cid import looks_like_cid
-from hostos.live.http import Url
 from hostos.live.ipfs_image import IpfsImage
 from hostos.live.ipfs_image import load as load_ipfs
 from hostos.live.ledger import Endpoint
@@ -40,6 +39,7 @@ from hostos.live.torrents import (
     verify_bundle,
     verify_files,
 )
+from hostos.live.url import Url
 from hostos.live.web_seeds import fetch_image
 
 RESOLVE_LIMIT = 10.0

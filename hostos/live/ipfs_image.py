@@ -17,14 +17,14 @@ from hostos.live import unixfs
 from hostos.live.blocks import Blocks
 from hostos.live.cid import Cid
 from hostos.live.dagpb import BlockError, Link
-from hostos.live.gateways import Gateways, parse_gateway
-from hostos.live.http import Url
+from hostos.live.gateways import Gateways
 from hostos.live.ipfs_source import piece_size
 from hostos.live.manifest import MAX_LAYER_SIZE, MAX_MANIFEST, Layer, Manifest
 from hostos.live.source import SourceError
 from hostos.live.torrents import MANIFEST_FILE, TRACE_FILE
 from hostos.live.trace import MAX_TRACE, Trace
 from hostos.live.unixfs import Directory, File, Symlink
+from hostos.live.url import Url, parse_gateway
 
 SQUASHFS = b"hsqs"
 _OTHER = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"QFI\xfb": "qcow2"}

@@ -31,7 +31,6 @@ from hostos.live.blocks import Blocks
 from hostos.live.container import Bind
 from hostos.live.fuse import Files
 from hostos.live.gateways import Gateways
-from hostos.live.http import Url
 from hostos.live.ipfs_image import IpfsLayer, IpfsTree
 from hostos.live.ipfs_source import IpfsSource
 from hostos.live.ipfs_tree import Tree
@@ -41,6 +40,7 @@ from hostos.live.schedule import REST_OFF, Rest
 from hostos.live.session import Swarm
 from hostos.live.torrent_source import TorrentSource, from_torrent
 from hostos.live.torrents import Torrent
+from hostos.live.url import Url
 from hostos.live.web_seeds import WebSeeds
 
 UNMOUNT_PATIENCE = 5.0

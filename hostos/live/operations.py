@@ -25,7 +25,6 @@ from hostos.live.cid import looks_like_cid
 from hostos.live.cid import parse as parse_cid
 from hostos.live.container import Options, parse_bind
 from hostos.live.containers import START_LIMIT, STOP_LIMIT, Container, Containers
-from hostos.live.gateways import parse_gateway
 from hostos.live.image import Images
 from hostos.live.limits import Limits
 from hostos.live.mounts import Layers, in_thread
@@ -35,6 +34,7 @@ from hostos.live.published import parse_port
 from hostos.live.schedule import Rest
 from hostos.live.swarm_settings import SwarmSettings
 from hostos.live.torrents import parse_image_reference, parse_peer, parse_web_seed
+from hostos.live.url import parse_gateway
 
 
 class Connection(Protocol):

@@ -26,13 +26,13 @@ from hostos.live.cid import looks_like_cid
 from hostos.live.cid import parse as parse_cid
 from hostos.live.container import Options
 from hostos.live.daemon import Config, run
-from hostos.live.gateways import parse_gateway
 from hostos.live.inside import Inside
 from hostos.live.kept import DISK, Store
 from hostos.live.mounts import in_thread
 from hostos.live.operations import Operations
 from hostos.live.schedule import REST_OFF, Rest
 from hostos.live.torrents import parse_image_reference, parse_peer
+from hostos.live.url import parse_gateway
 
 NAME = "root"
 """As which the client knows it: `hostos container stats root`."""

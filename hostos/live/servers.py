@@ -15,7 +15,8 @@ from typing import Any
 
 import trio
 
-from hostos.live.http import Answer, Connection, HttpError, Span, Url
+from hostos.live.http import Answer, Connection, HttpError, Span
+from hostos.live.url import Url
 
 CONNECTIONS = 16
 """Most at once to one server."""

@@ -18,7 +18,6 @@ from typing import Any
 import libtorrent as lt
 import trio
 
-from hostos.live.http import Url
 from hostos.live.journal import Journal
 from hostos.live.ledger import Endpoint, Ledger
 from hostos.live.membership import Membership, Parameters
@@ -26,6 +25,7 @@ from hostos.live.pieces import PieceHashes, PieceStore
 from hostos.live.schedule import DEADLINES, Schedule
 from hostos.live.session import Swarm
 from hostos.live.source import ReadAhead, SourceError, SourceStats, Waits
+from hostos.live.url import Url
 from hostos.live.web_seeds import WebPieces, WebSeeds
 
 FLUSH_EVERY = 0.5

@@ -25,10 +25,10 @@ from urllib.parse import parse_qsl, quote, urlsplit
 import libtorrent
 
 from hostos.errors import UserError
-from hostos.live.http import Url, parse_url
 from hostos.live.manifest import MAX_LAYER_SIZE, MAX_LAYERS, SCHEMA, Layer, Manifest
 from hostos.live.merkle import BLOCK, HASH, FileHashes, hash_bytes, hash_file, root_of_pieces
 from hostos.live.trace import Trace
+from hostos.live.url import Url, parse_url
 
 PIECE_SIZE = 64 * 1024
 """Piece size of image torrents (part of their format) and least default for layers, bytes."""

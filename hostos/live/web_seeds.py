@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import trio
 
 from hostos.errors import UserError, failure
-from hostos.live.http import Url
 from hostos.live.manifest import MAX_MANIFEST, Manifest
 from hostos.live.pieces import PieceHashes
 from hostos.live.servers import PAUSES, Servers, Wanted
@@ -30,6 +29,7 @@ from hostos.live.torrents import (
     verify_files,
 )
 from hostos.live.trace import MAX_TRACE
+from hostos.live.url import Url
 
 AHEAD = 12
 """Most pieces under way that nobody waits for; what somebody waits for then finds a connection free."""

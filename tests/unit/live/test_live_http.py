@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hostos.errors import UserError
-from hostos.live.http import Answer, Connection, HttpError, parse_url
+from hostos.live.http import Answer, Connection, HttpError
+from hostos.live.url import parse_url
 
 URL = parse_url("http://127.0.0.1:8080/gate")
 
