@@ -263,11 +263,13 @@ def index(name: str, references: tuple[str, ...]) -> None:
 @click.option("--recording", type=click.Path(path_type=Path), metavar="FILE",
               help="Boot nothing: take what was recorded in FILE.")  # fmt: skip
 @click.option("--replace", is_flag=True, help="Remove the image without the trace.")
+@click.option("--root", is_flag=True, help="Boot it as `hostos up --root` does, in a machine made for that.")
 @trace_options
 def trace(
     reference: str,
     command: tuple[str, ...],
     others: tuple[str, ...],
+    root: bool,
     recording: Path | None,
     replace: bool,
     save: Path | None,
@@ -283,13 +285,16 @@ def trace(
     \b
       hostos image trace web/debian -- python3 -c pass
       hostos image trace web/debian --also "nginx -t" --save boot.json
+      hostos image trace web/system --root
     """
     from hostos.cli import tracing
     from hostos.image import seeding
     from hostos.image.store import Store
 
-    if recording and (command or others or save):
-        raise UserError("--recording excludes a command, --also and --save", "leave them out")
+    if recording and (command or others or save or root):
+        raise UserError("--recording excludes a command, --also, --root and --save", "leave them out")
+    if root and command:
+        raise UserError("as a machine's system an image boots its init", "leave the command out, or: --also COMMAND")
     store = Store()
     found = store.get(reference)
     if any(layer.cipher for layer in found.manifest.layers):
@@ -300,7 +305,7 @@ def trace(
     how = None
     if not recording:
         how = _how(others, seconds, machine)
-        how = tracing.How((tuple(command), *how.commands), seconds, machine)
+        how = tracing.How((() if root else (tuple(command),)) + how.commands, seconds, machine, root)
     made = tracing.traced(store, found, how, recording, save, steps())
     sizes = f"{human_size(found.manifest.size)} -> {human_size(store.get(made).manifest.size)}"
     if replace and made != found.hash:

@@ -54,6 +54,17 @@ def identify(root: Inside, here: Path = Path("/"), *, kept: bool = False) -> Non
         root.write("root/.ssh/authorized_keys", text.encode(errors="surrogateescape"), 0o600)
 
 
+def up_to_date(root: Inside) -> None:
+    """Tell systemd that /etc and /var fit /usr (systemd-update-done.service(8)): they came together. Raises OSError.
+
+    Or it would look after them at each boot: `ldconfig` reads a part of every library there is.
+    """
+    changed = root.changed("usr")
+    for directory in ("etc", "var"):
+        if changed and root.changed(f"{directory}/.updated") < changed:
+            root.write(f"{directory}/.updated", f"TIMESTAMP_NSEC={changed}\n", changed=changed)
+
+
 def keep_network(root: Inside, interface: str, servers: list[str]) -> None:
     """Tell whatever manages networks in there that `interface` is up and looked after. Raises OSError.
 
