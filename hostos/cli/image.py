@@ -460,11 +460,14 @@ def _traced(trace: Any) -> str:
 
 @image.command()
 @click.argument("references", metavar="HASH|NAME...", nargs=-1, required=True, shell_complete=images)
-@click.option("--force", is_flag=True, help="Even what is pinned, or what a name of yours means.")
-def rm(references: tuple[str, ...], force: bool) -> None:
+@click.option("--force", is_flag=True, help="Even what is pinned, what a name of yours means, or the last copy.")
+@click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", help="Who else may have them (repeatable).")
+def rm(references: tuple[str, ...], force: bool, peers: tuple[str, ...]) -> None:
     """Remove images and the layers no other image uses, or indexes (their images stay).
 
-    What is pinned stays, and so does what a name of yours means, as others may look for it.
+    What is pinned stays, and so does what a name of yours means, as others may look for it. Known peers (--peer,
+    those that a name's record names, the setting container.peers) are asked who has it, too: the last known copy
+    stays, unless --force says otherwise. When no peer is known, it goes with a warning.
     """
     from hostos.image import indexes, keeping, privacy, seeding
     from hostos.image.store import Store
@@ -474,10 +477,19 @@ def rm(references: tuple[str, ...], force: bool) -> None:
     joined = {reference: indexes.find(store, reference) for reference in references}
     # All of them must exist before the first one goes.
     hashes = [_removable(store, reference) for reference in references if joined[reference] is None]
-    for image in store.images():
-        if image.hash in hashes:
-            for warning in keeping.check_removable(store, image, Names().meaning(image.hash), force=force):
-                click.echo(f"warning: {image.name}: {warning}", err=True)
+    names = Names()
+    going = [image for image in store.images() if image.hash in hashes]
+    for image in going:
+        for warning in keeping.check_removable(store, image, names.meaning(image.hash), force=force):
+            click.echo(f"warning: {image.name}: {warning}", err=True)
+    asked = image_keep.known_peers(peers, [image.hash for image in going])
+    for last in keeping.last_copies(store, going, asked):
+        if asked and not force:
+            raise UserError(
+                f"{last} is not removed: it would be the last known copy ({', '.join(asked)} has not all of it)",
+                'have somebody fetch all of it (container.complete = "on"), name who has: --peer; or --force',
+            )
+        click.echo(f"warning: {last}: this is the last known copy", err=True)
     for each in {found.hash: found for found in joined.values() if found}.values():
         indexes.remove(store, each)
     free = sum(store.remove(item) for item in dict.fromkeys(hashes))

@@ -169,6 +169,10 @@ class Names:
         own = self.public_key()
         return [record.name for record in self.all() if record.key == own and record.image == image]
 
+    def peers(self, image: str) -> list[str]:
+        """Who has this image, as those say whose names mean it now."""
+        return [peer for record in self.all() if record.image == image for peer in record.peers]
+
     def accept(self, record: Record, key: str, name: str) -> Record:
         """Pin a record. Raises UserError: forged, older than what is pinned, or another one of the same number."""
         record.verified(key, name)
