@@ -31,23 +31,27 @@ NAME = "bench/system"
 
 def measure(rounds: int, net: network.Link, archive: Path, work: Path, steps: Steps) -> list[Comparison]:
     """Raises UserError when a side fails."""
+    env = _home(work, "root")
+    with steps.step("publish"):
+        plain = _hostos(env, "image", "publish", archive, "--name", NAME).strip()
+    with steps.step("trace it as a machine's system"):
+        traced = _hostos(env, "image", "trace", NAME, "--root").strip()
+    _hostos(env, "seed", "stop")
+    return compare(rounds, net, (plain, traced), work, steps)
+
+
+def compare(rounds: int, net: network.Link, images: tuple[str, str], work: Path, steps: Steps) -> list[Comparison]:
+    """`images`: without a trace and with one, in the store of the home `work`/root."""
     download, local = Series("download everything"), Series("boot what has been downloaded")
     whole = Series("download, then boot")
     plain, traced = Series("hostos up --root, bare hash, no trace"), Series("hostos up --root, bare hash, with a trace")
-    env = {**os.environ, "HOSTOS_HOME": str(work / "root"), "HOSTOS_TEMPLATES": "off"}
     with ExitStack() as stack:
-        with steps.step("publish"):
-            images = [_hostos(env, "image", "publish", archive, "--name", NAME).strip()]
-        with steps.step("trace it as a machine's system"):
-            images.append(_hostos(env, "image", "trace", NAME, "--root").strip())
-        _hostos(env, "seed", "stop")
         # Beside the shaped link: a seed of the namespace where the machine is, with all of the image.
-        near = {**env, "HOSTOS_HOME": str(work / "near")}
+        near, far = _home(work, "near"), _home(work, "far")
         (work / "near").mkdir()
         (work / "near/data").symlink_to(work / "root/data")
-        far = {**env, "HOSTOS_HOME": str(work / "far")}
         stack.callback(subprocess.run, [PROGRAM, "seed", "stop"], env=near, capture_output=True, check=False)
-        address = seed(stack, net.enter(net.seed), network.SEED, env)
+        address = seed(stack, net.enter(net.seed), network.SEED, _home(work, "root"))
         net.shape(RATE_MBIT)
         stack.callback(net.shape, None)
         peer = stack.enter_context(delayed(net, address, ROUND_TRIP_MS))
@@ -74,6 +78,10 @@ def measure(rounds: int, net: network.Link, archive: Path, work: Path, steps: St
             {traced.name: 0.25},
         )
     ]
+
+
+def _home(work: Path, name: str) -> dict[str, str]:
+    return {**os.environ, "HOSTOS_HOME": str(work / name), "HOSTOS_TEMPLATES": "off"}
 
 
 @dataclass(frozen=True)
