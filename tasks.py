@@ -337,11 +337,27 @@ def bench_mirror(_: Context, rounds: int = 3, large: int = 0) -> None:
     mirror.run(rounds, Steps(Talk()), large)
 
 
+@task(
+    iterable=["only"],
+    help={
+        "rounds": "how often each side is measured (default: 3)",
+        "only": "children, packing, import or root (repeatable; default: all)",
+    },
+)
+@user_errors
+def bench_image(_: Context, only: list[str], rounds: int = 3) -> None:
+    """What a child image costs; packing beside mksquashfs, importing beside umoci; up --root over a shaped link."""
+    from bench import image
+
+    image.run(rounds, Steps(Talk()), only)
+
+
 namespace = Collection(build, render, menuconfig, source, size, graph, legal_info, sbom, cve, clean, quickstart, test)
 benchmarks = Collection("bench")
 benchmarks.add_task(bench_boot, "boot")
 benchmarks.add_task(bench_live, "live")
 benchmarks.add_task(bench_traces, "traces")
+benchmarks.add_task(bench_image, "image")
 benchmarks.add_task(bench_architectures, "architectures")
 benchmarks.add_task(bench_mirror, "mirror")
 namespace.add_collection(benchmarks)

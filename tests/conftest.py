@@ -72,15 +72,17 @@ class Result:
 
 @dataclass
 class Hostos:
-    """The `hostos` command as a user runs it; all it keeps is below `home`."""
+    """The `hostos` command as a user runs it; all it keeps is below `home`. `enter`: what comes before the command,
+    to run it in a network namespace."""
 
     home: Path
     os_dir: Path
+    enter: Sequence[str] = ()
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
     def words(self, *words: str | Path) -> list[str]:
-        return [sys.executable, "-c", "from hostos.cli import main; main()", *map(str, words)]
+        return [*self.enter, sys.executable, "-c", "from hostos.cli import main; main()", *map(str, words)]
 
     def __call__(self, *words: str | Path, input: str = "", timeout: float = BOOT_SECONDS) -> Result:
         done = subprocess.run(

@@ -42,6 +42,8 @@ COMMANDS = {
     "image": "image",
     "export": "export",
     "seed": "seed",
+    "pin": "image_keep",
+    "unpin": "image_keep",
     "name": "name",
     "mirror": "mirror",
     "cache": "cache",

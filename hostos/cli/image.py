@@ -263,11 +263,13 @@ def index(name: str, references: tuple[str, ...]) -> None:
 @click.option("--recording", type=click.Path(path_type=Path), metavar="FILE",
               help="Boot nothing: take what was recorded in FILE.")  # fmt: skip
 @click.option("--replace", is_flag=True, help="Remove the image without the trace.")
+@click.option("--root", is_flag=True, help="Boot it as `hostos up --root` does, in a machine made for that.")
 @trace_options
 def trace(
     reference: str,
     command: tuple[str, ...],
     others: tuple[str, ...],
+    root: bool,
     recording: Path | None,
     replace: bool,
     save: Path | None,
@@ -283,13 +285,16 @@ def trace(
     \b
       hostos image trace web/debian -- python3 -c pass
       hostos image trace web/debian --also "nginx -t" --save boot.json
+      hostos image trace web/system --root
     """
     from hostos.cli import tracing
     from hostos.image import seeding
     from hostos.image.store import Store
 
-    if recording and (command or others or save):
-        raise UserError("--recording excludes a command, --also and --save", "leave them out")
+    if recording and (command or others or save or root):
+        raise UserError("--recording excludes a command, --also, --root and --save", "leave them out")
+    if root and command:
+        raise UserError("as a machine's system an image boots its init", "leave the command out, or: --also COMMAND")
     store = Store()
     found = store.get(reference)
     if any(layer.cipher for layer in found.manifest.layers):
@@ -300,7 +305,7 @@ def trace(
     how = None
     if not recording:
         how = _how(others, seconds, machine)
-        how = tracing.How((tuple(command), *how.commands), seconds, machine)
+        how = tracing.How((() if root else (tuple(command),)) + how.commands, seconds, machine, root)
     made = tracing.traced(store, found, how, recording, save, steps())
     sizes = f"{human_size(found.manifest.size)} -> {human_size(store.get(made).manifest.size)}"
     if replace and made != found.hash:
@@ -455,11 +460,14 @@ def _traced(trace: Any) -> str:
 
 @image.command()
 @click.argument("references", metavar="HASH|NAME...", nargs=-1, required=True, shell_complete=images)
-@click.option("--force", is_flag=True, help="Even what is pinned, or what a name of yours means.")
-def rm(references: tuple[str, ...], force: bool) -> None:
+@click.option("--force", is_flag=True, help="Even what is pinned, what a name of yours means, or the last copy.")
+@click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", help="Who else may have them (repeatable).")
+def rm(references: tuple[str, ...], force: bool, peers: tuple[str, ...]) -> None:
     """Remove images and the layers no other image uses, or indexes (their images stay).
 
-    What is pinned stays, and so does what a name of yours means, as others may look for it.
+    What is pinned stays, and so does what a name of yours means, as others may look for it. Known peers (--peer,
+    those that a name's record names, the setting container.peers) are asked who has it, too: the last known copy
+    stays, unless --force says otherwise. When no peer is known, it goes with a warning.
     """
     from hostos.image import indexes, keeping, privacy, seeding
     from hostos.image.store import Store
@@ -469,10 +477,19 @@ def rm(references: tuple[str, ...], force: bool) -> None:
     joined = {reference: indexes.find(store, reference) for reference in references}
     # All of them must exist before the first one goes.
     hashes = [_removable(store, reference) for reference in references if joined[reference] is None]
-    for image in store.images():
-        if image.hash in hashes:
-            for warning in keeping.check_removable(store, image, Names().meaning(image.hash), force=force):
-                click.echo(f"warning: {image.name}: {warning}", err=True)
+    names = Names()
+    going = [image for image in store.images() if image.hash in hashes]
+    for image in going:
+        for warning in keeping.check_removable(store, image, names.meaning(image.hash), force=force):
+            click.echo(f"warning: {image.name}: {warning}", err=True)
+    asked = image_keep.known_peers(peers, [image.hash for image in going])
+    for last in keeping.last_copies(store, going, asked):
+        if asked and not force:
+            raise UserError(
+                f"{last} is not removed: it would be the last known copy ({', '.join(asked)} has not all of it)",
+                'have somebody fetch all of it (container.complete = "on"), name who has: --peer; or --force',
+            )
+        click.echo(f"warning: {last}: this is the last known copy", err=True)
     for each in {found.hash: found for found in joined.values() if found}.values():
         indexes.remove(store, each)
     free = sum(store.remove(item) for item in dict.fromkeys(hashes))

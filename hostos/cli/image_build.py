@@ -59,8 +59,10 @@ def verify(recipe: Path, kind: str) -> None:
 @click.argument("source", metavar="LAYOUT|ARCHIVE", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="What to call it, e.g. web/nginx.")
 @click.option("--tag", default="", help="Which image, if it holds several.")
+@click.option("--level", type=click.IntRange(1, 22), default=3, show_default=True,
+              help="zstd's; `publish` takes 15, which is much slower and a fifth smaller.")  # fmt: skip
 @talk_options
-def import_(source: Path, name: str, tag: str) -> None:
+def import_(source: Path, name: str, tag: str, level: int) -> None:
     """Take an OCI image (a layout or an archive, also of docker save), and print its hash.
 
     Each of its layers becomes a layer, with whiteouts and all; command, environment, user, directory and
@@ -72,7 +74,7 @@ def import_(source: Path, name: str, tag: str) -> None:
     """
     from hostos.image import importing
 
-    image, new = importing.import_oci(source, name, tag, steps())
+    image, new = importing.import_oci(source, name, tag, steps(), level=level)
     announce(image, new)
 
 

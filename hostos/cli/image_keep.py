@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import click
 
 from hostos.cli.common import human_size, json_option, print_json
@@ -34,23 +36,35 @@ def _set(references: tuple[str, ...], keep: bool) -> None:
         click.echo(f"{image.name} {'is pinned' if keep else 'is not pinned any more'}", err=True)
 
 
+def known_peers(peers: Iterable[str], images: Iterable[str]) -> list[str]:
+    """Who may have images besides this host: `peers` (else those of the settings), and whom names that mean one of
+    them now name. Raises UserError."""
+    from hostos import config
+    from hostos.image import seeding
+    from hostos.live.torrents import parse_peer
+    from hostos.names.book import Names
+
+    names, own = Names(), seeding.status()
+    named = [parse_peer(peer) for peer in tuple(peers) or tuple(config.get("container.peers") or ())]
+    recorded = [peer for image in images for peer in names.peers(image)]
+    return [peer for peer in dict.fromkeys((*named, *recorded)) if own is None or peer != own.address]
+
+
 @click.command()
 @click.argument("reference", metavar="IMAGE", shell_complete=images)
 @click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", help="Whom to ask (repeatable).")
 @json_option
 def copies(reference: str, peers: tuple[str, ...], as_json: bool) -> None:
-    """Count who has all of IMAGE: this host, and of the peers named those who say so. Nothing is fetched.
+    """Count who has all of IMAGE: this host, and of the peers that are known those who say so. Nothing is fetched.
 
-    Without --peer those of the setting container.peers are asked.
+    Known are those of --peer (or else of the setting container.peers), and those named by a name that means IMAGE.
     """
-    from hostos import config
     from hostos.image import keeping
     from hostos.image.store import Store
-    from hostos.live.torrents import parse_peer
 
     store = Store()
     found = store.get(reference)
-    asked = [parse_peer(peer) for peer in peers or tuple(config.get("container.peers") or ())]
+    asked = known_peers(peers, [found.hash])
     have = keeping.copies(store.bundle(found.hash), asked)
     here = not found.missing
     if as_json:

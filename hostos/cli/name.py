@@ -152,8 +152,11 @@ def export(name_: str) -> None:
 @name.command(name="import")
 @click.argument("file", type=click.Path(path_type=Path))
 def import_(file: Path) -> None:
-    """Take a record that came by mail or disk; whose it is must be in your book."""
-    from hostos.names.book import Names
+    """Take a record that came by mail or disk; whose it is must be in your book, or you.
+
+    Of your own it is for a new host, to which you took your key: the next number is then the one after it.
+    """
+    from hostos.names.book import OWN, Names
     from hostos.names.record import MAX_RECORD, Record
 
     try:
@@ -162,7 +165,8 @@ def import_(file: Path) -> None:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     names = Names()
-    whose = next((each for each in names.book().people.values() if each.key == record.key), None)
+    everybody = (*names.book().people.values(), *filter(None, (names.person(OWN),)))
+    whose = next((each for each in everybody if each.key == record.key), None)
     if whose is None:
         raise UserError(f"{file} is signed by {record.key[:16]}…, who isn't in your book", "hostos name add WHO KEY")
     names.accept(record, whose.key, record.name)

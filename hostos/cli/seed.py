@@ -11,11 +11,21 @@ from hostos.cli.swarm import swarm_options, swarm_settings
 from hostos.steps import Steps, Talk
 
 
-@click.group()
+class _Started(click.Group):
+    """With options and no command it is `start`: `hostos seed --only IMAGE`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = ["start", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Started)
 def seed() -> None:
     """Offer the images of this host over BitTorrent, in the background.
 
     On loopback, for the guests of this host, unless told otherwise; announced nowhere without --lan or --public.
+    `hostos seed --only IMAGE` is short for `hostos seed start --only IMAGE`.
     """
 
 

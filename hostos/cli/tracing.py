@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from hostos.image.layout import Layout
 from hostos.image.recording import Recorded, Recording, from_reads
 from hostos.image.store import Store, StoredImage
 from hostos.machine.connection import drain, has_ended
-from hostos.steps import Step, Steps
+from hostos.steps import Step, Steps, Talk
 
 CONTAINER = "tracing"
 DEADLINE = 60.0
@@ -27,11 +28,13 @@ DEADLINE = 60.0
 @dataclass(frozen=True)
 class How:
     """`commands`: workloads (an empty one: what the image says, or its init); `seconds`: how long one
-    that does not end is watched; `machine`: where."""
+    that does not end is watched; `machine`: where; `root`: first of all a start of a machine of its own with the
+    image as its system."""
 
     commands: tuple[tuple[str, ...], ...]
     seconds: float
     machine: str
+    root: bool = False
 
 
 def record(store: Store, image: StoredImage, how: How, steps: Steps) -> Recording:
@@ -39,9 +42,16 @@ def record(store: Store, image: StoredImage, how: How, steps: Steps) -> Recordin
 
     Raises UserError: it can't be booted, or a command fails.
     """
-    with retrace.twin(store, image, steps) as (twin, layout), live.guest(how.machine, steps, start=True) as guest:
-        where = live.peers_and_bundle(live.resolve(twin, ()), guest.instance, bare=False)
+    with contextlib.ExitStack() as stack:
+        twin, layout = stack.enter_context(retrace.twin(store, image, steps))
         found = []
+        if how.root:
+            with steps.step("boot it as a machine's system") as step:
+                found.append(_recorded((), _root_reads(twin, Steps(Talk(level="quiet"))), layout, image, step))
+        if not how.commands:
+            return Recording(tuple(found))
+        guest = stack.enter_context(live.guest(how.machine, steps, start=True))
+        where = live.peers_and_bundle(live.resolve(twin, ()), guest.instance, bare=False)
         for command in how.commands:
             wanted = command or image.manifest.boot.command
             with steps.step(f"boot {' '.join(wanted) or 'its init'}"[:60]) as step:
@@ -50,6 +60,22 @@ def record(store: Store, image: StoredImage, how: How, steps: Steps) -> Recordin
         with contextlib.suppress(UserError):
             guest.ask("prune", images=[twin])
         return Recording(tuple(found))
+
+
+def _root_reads(twin: str, steps: Steps) -> list[tuple[int, int, int]]:
+    """What a machine reads of it until all of its system has started. Raises UserError."""
+    from hostos.cli.root import chosen
+    from hostos.machine import launcher, lifecycle
+
+    machine = f"tracing-{os.getpid()}"
+    options = chosen(launcher.UpOptions(append="hostos.trace=1", warm=False), machine, twin, ())
+    try:
+        launcher.up(machine, options, steps)
+        with live.guest(machine, steps, start=False) as guest:
+            return [(layer, offset, length) for layer, offset, length in guest.ask("reads", name="root")["reads"]]
+    finally:
+        with contextlib.suppress(UserError):
+            lifecycle.remove(machine, force=True)
 
 
 def _boot(
@@ -83,9 +109,15 @@ def _boot(
             )
     with contextlib.suppress(UserError):
         guest.ask("stop", within=30.0, name=name, deadline=5.0)
-    reads = guest.ask("reads", name=name)["reads"]
-    top = len(image.manifest.layers) - 1
-    recorded = from_reads(command, [(layer, offset, length) for layer, offset, length in reads], layout, top)
+    reads = [(layer, offset, length) for layer, offset, length in guest.ask("reads", name=name)["reads"]]
+    return _recorded(command, reads, layout, image, step)
+
+
+def _recorded(
+    command: Sequence[str], reads: list[tuple[int, int, int]], layout: Layout, image: StoredImage, step: Step
+) -> Recorded:
+    """Raises UserError: no file was read."""
+    recorded = from_reads(command, reads, layout, len(image.manifest.layers) - 1)
     files = {touch.path for touch in recorded.touches if not isinstance(touch, tuple)}
     step.detail = f"{len(files)} files read"
     if not files:

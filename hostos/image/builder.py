@@ -161,12 +161,9 @@ class _Build:
             self.architecture, self.boot = image.architecture, image.boot
             return
         if found.kind in ("directory", "tar"):
-            kind_of(Path(found.value))
-            with self.storing() as temporary:
-                packed = pack(Path(found.value), temporary / "base", self.steps, architecture=self.recipe.architecture)
-                torrent = make_layer_torrent(packed.path, piece_size=default_piece_size(packed.size))
-                self.architecture = packed.architecture
-                self._add(self._keep(Made((torrent, packed.path), {}, packed.architecture)), what)
+            packed = self._local(Path(found.value), what)
+            self.architecture = packed.architecture
+            self._add(packed, what)
             return
         text = found.text
         locked = self._locked(text)
@@ -181,6 +178,22 @@ class _Build:
         self.now.packages[text] = made.packages
         self.architecture = made.architecture
         self._add(made, what)
+
+    def _local(self, source: Path, what: str) -> Made:
+        """A directory or an archive as a layer. A directory is packed each time: what is in it, and whose, would have
+        to be read all the same."""
+        name = ""
+        if kind_of(source) != "directory":
+            with source.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            name = key("archive", digest, self.recipe.architecture)
+            if (known := self._known(name, what, None, mirrored=False)) is not None:
+                return known
+        with self.storing() as temporary:
+            packed = pack(source, temporary / "base", self.steps, architecture=self.recipe.architecture)
+            torrent = make_layer_torrent(packed.path, piece_size=default_piece_size(packed.size))
+            made = Made((torrent, packed.path), {}, packed.architecture)
+            return self.cache.put(name, made) if name else self._keep(made)
 
     def _locked(self, text: str) -> Packages | None:
         """What a base or a step installed last time. Raises UserError if it has to be locked and is not."""

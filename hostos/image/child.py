@@ -10,7 +10,7 @@ from hostos.errors import UserError, failure
 from hostos.image import overlay
 from hostos.image.entries import Entry, arrange
 from hostos.image.layers import check_plain, layers_shared, read_image, read_layer, torrents
-from hostos.image.pack import Packed, architecture_of, kind_of, pack_entries
+from hostos.image.pack import LEVEL, Packed, architecture_of, kind_of, pack_entries
 from hostos.image.publish import Published, default_piece_size
 from hostos.image.sources import read_directory, read_tar
 from hostos.image.store import Store, StoredImage
@@ -129,10 +129,15 @@ def storing(store: Store, name: str) -> Iterator[None]:
 
 
 def pack_layer(
-    entries: list[Entry], file: Path, architecture: str, steps: Steps, piece_size: int | None = None
+    entries: list[Entry],
+    file: Path,
+    architecture: str,
+    steps: Steps,
+    piece_size: int | None = None,
+    level: int = LEVEL,
 ) -> tuple[Torrent, Packed]:
-    """`entries` as a layer in `file`, and its torrent."""
-    packed = pack_entries(entries, file, architecture, steps)
+    """`entries` as a layer in `file`, compressed with zstd's `level`, and its torrent."""
+    packed = pack_entries(entries, file, architecture, steps, level=level)
     torrent = make_layer_torrent(packed.path, piece_size=piece_size or default_piece_size(packed.size))
     return torrent, packed
 

@@ -13,7 +13,7 @@ from hostos.errors import UserError
 from hostos.image import sandbox, unpacked
 from hostos.image.buildcache import BuildCache
 from hostos.image.store import Store, StoredImage, file_size
-from hostos.live.torrents import ImageBundle
+from hostos.live.torrents import ImageBundle, Torrent
 
 ANSWER_DEADLINE = 6.0
 """Seconds in which peers have to say what they have."""
@@ -43,11 +43,25 @@ def copies(bundle: ImageBundle, peers: Iterable[str], deadline: float = ANSWER_D
 
     A peer that doesn't answer in time counts as having nothing.
     """
+    asked = list(peers)
+    found = holders(bundle.layers, asked, deadline)
+    return [peer for peer in asked if all(peer in each for each in found.values())]
+
+
+def holders(
+    layers: Iterable[Torrent], peers: Iterable[str], deadline: float = ANSWER_DEADLINE, *, one: bool = False
+) -> dict[str, set[str]]:
+    """By layer (its hash), which of `peers` have all of it; each is asked within `deadline` seconds, all at once.
+
+    `one`: one of them is enough for each layer.
+    """
     import libtorrent as lt
 
-    wanted = [(host.strip("[]"), int(port)) for host, _, port in (peer.rpartition(":") for peer in peers)]
+    peers = list(peers)
+    wanted = {(host.strip("[]"), int(port)): f"{host}:{port}" for host, _, port in (p.rpartition(":") for p in peers)}
+    torrents = {torrent.info_hash: torrent for torrent in layers}
     if not wanted:
-        return []
+        return {name: set() for name in torrents}
     session = lt.session(
         {
             "listen_interfaces": "",
@@ -60,7 +74,7 @@ def copies(bundle: ImageBundle, peers: Iterable[str], deadline: float = ANSWER_D
         }
     )  # fmt: skip
     handles = []
-    for torrent in bundle.layers:
+    for torrent in torrents.values():
         parameters = lt.add_torrent_params()
         decoded = lt.bdecode(torrent.data)
         parameters.ti = lt.torrent_info(decoded)  # type: ignore[arg-type]
@@ -68,7 +82,7 @@ def copies(bundle: ImageBundle, peers: Iterable[str], deadline: float = ANSWER_D
         parameters.flags |= lt.torrent_flags.default_dont_download | lt.torrent_flags.no_verify_files
         parameters.flags &= ~(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)
         handles.append(session.add_torrent(parameters))
-    full: list[set[tuple[str, int]]] = [set() for _ in handles]
+    full: list[set[str]] = [set() for _ in handles]
     until, again = time.monotonic() + deadline, 0.0
     try:
         while time.monotonic() < until:
@@ -77,17 +91,32 @@ def copies(bundle: ImageBundle, peers: Iterable[str], deadline: float = ANSWER_D
                 for endpoint in wanted if call else ():
                     handle.connect_peer(endpoint)
                 for peer in handle.get_peer_info():
-                    if peer.flags & lt.peer_info.seed:
-                        found.add((str(peer.ip[0]), int(peer.ip[1])))
-            if all(set(wanted) <= found for found in full):
+                    if peer.flags & lt.peer_info.seed and (name := wanted.get((str(peer.ip[0]), int(peer.ip[1])))):
+                        found.add(name)
+            if all(len(found) >= (1 if one else len(wanted)) for found in full):
                 break
             time.sleep(0.1)
     finally:
         session.pause()
-    everywhere = set.intersection(*full)
-    return [
-        f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in wanted if (host, port) in everywhere
-    ]
+    return dict(zip(torrents, full, strict=True))
+
+
+def last_copies(
+    store: Store, images: Iterable[StoredImage], peers: Iterable[str], deadline: float = ANSWER_DEADLINE
+) -> list[str]:
+    """Of which of `images` this host removes the last known copy when all of them go: their names.
+
+    Only layers count that no other image here has. Who has them is asked of `peers`, for `deadline` seconds at most.
+    """
+    going = list(images)
+    hashes = {image.hash for image in going}
+    kept = {layer.torrent for image in store.images() if image.hash not in hashes for layer in image.manifest.layers}
+    at_stake: dict[str, list[Torrent]] = {}
+    for image in going:
+        if not image.missing:
+            at_stake[image.name] = [each for each in store.bundle(image.hash).layers if each.info_hash not in kept]
+    found = holders((each for layers in at_stake.values() for each in layers), peers, deadline, one=True)
+    return [name for name, layers in at_stake.items() if any(not found[each.info_hash] for each in layers)]
 
 
 def check_removable(store: Store, image: StoredImage, meanings: Iterable[str], *, force: bool) -> list[str]:

@@ -83,12 +83,18 @@ def pack(
 
 
 def pack_entries(
-    entries: list[Entry], target: Path, architecture: str, steps: Steps, *, order: Mapping[bytes, int] | None = None
+    entries: list[Entry],
+    target: Path,
+    architecture: str,
+    steps: Steps,
+    *,
+    order: Mapping[bytes, int] | None = None,
+    level: int = LEVEL,
 ) -> Packed:
-    """Pack a tree (as `arrange` gives it) into the new file `target`; see `pack`."""
+    """Pack a tree (as `arrange` gives it) into the new file `target`; `level`: zstd's. See `pack`."""
     unpacked = sum(length for entry in entries if entry.is_file for _, length in entry.segments)
     with steps.step("pack") as step:
-        _feed(entries, target, unpacked, step, order or {})
+        _feed(entries, target, unpacked, step, order or {}, level)
         size = target.stat().st_size
         step.detail = f"{unpacked >> 20} MiB in {len(entries)} entries -> {size >> 20} MiB"
     return Packed(target, architecture, size, len(entries), unpacked)
@@ -149,11 +155,11 @@ def _take(source: Path, target: Path, steps: Steps, architecture: str | None) ->
 # --- DIR and TAR ------------------------------------------------------------------------------------
 
 
-def _feed(entries: list[Entry], target: Path, total: int, step: Step, order: Mapping[bytes, int]) -> None:
+def _feed(entries: list[Entry], target: Path, total: int, step: Step, order: Mapping[bytes, int], level: int) -> None:
     if not shutil.which("tar2sqfs"):
         raise UserError("tar2sqfs is needed to pack an image", install("squashfs-tools-ng"))
     command = ["tar2sqfs", "--quiet", "--force", "--no-skip", "--no-tail-packing"]
-    command += ["--compressor", "zstd", "--comp-extra", f"level={LEVEL}", "--block-size", str(BLOCK_SIZE)]
+    command += ["--compressor", "zstd", "--comp-extra", f"level={level}", "--block-size", str(BLOCK_SIZE)]
     command += ["--num-jobs", str(os.cpu_count() or 1), str(target)]
     environment = {**os.environ, "SOURCE_DATE_EPOCH": "0", "LC_ALL": "C"}
     with tempfile.TemporaryFile() as errors:

@@ -262,7 +262,9 @@ class Containers:
         endpoints = await resolve(peers) if isinstance(found, ImageBundle) else []
         servers = [parse_web_seed(url) for url in web]
         command = () if options.init else options.command or manifest.boot.command
-        plan = found.trace.plan(command) if found.trace and not trace and not container.only_mounted else ()
+        # Who only mounts an image boots nothing, unless it is to be a machine's root.
+        replayed = not trace and (options.init or not container.only_mounted)
+        plan = found.trace.plan(command) if found.trace and replayed else ()
         for number, named in enumerate(found.layers):
             torrent = replace(named, owner=container.base or 0) if isinstance(named, IpfsTree) else named
             ahead = pieces(plan, number, torrent.piece_size)

@@ -86,8 +86,19 @@ class Inside:
             os.close(above)
         return syscalls.open_in_root(self._root, path, os.O_RDONLY | os.O_DIRECTORY)
 
-    def write(self, path: str, content: bytes | str, mode: int = 0o644) -> None:
-        """A new file in place of what has that name."""
+    def changed(self, path: str) -> int:
+        """When it was modified last, nanoseconds since 1970; 0 if it is not there."""
+        try:
+            found = syscalls.open_in_root(self._root, path, os.O_PATH)
+        except OSError:
+            return 0
+        try:
+            return os.fstat(found).st_mtime_ns
+        finally:
+            os.close(found)
+
+    def write(self, path: str, content: bytes | str, mode: int = 0o644, *, changed: int | None = None) -> None:
+        """A new file in place of what has that name; `changed`: modified then, nanoseconds since 1970."""
         data = content.encode() if isinstance(content, str) else content
         parent, _, name = path.rpartition("/")
         directory = self.directory(parent)
@@ -98,6 +109,9 @@ class Inside:
             with os.fdopen(os.open(name, flags, mode, dir_fd=directory), "wb") as file:
                 os.fchmod(file.fileno(), mode)
                 file.write(data)
+                if changed is not None:
+                    file.flush()
+                    os.utime(file.fileno(), ns=(changed, changed))
         finally:
             os.close(directory)
 

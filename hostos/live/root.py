@@ -61,19 +61,21 @@ TO_POWER_OFF = (
 @dataclass(frozen=True)
 class Wanted:
     """What to boot. `peers` (or gateways, of a CID): who may have it; `persist`: its changes are kept on the
-    machine's disk; `rest`: whether all of it is fetched in the end; `deadline`: seconds, see `DEADLINE`."""
+    machine's disk; `rest`: whether all of it is fetched in the end; `deadline`: seconds, see `DEADLINE`; `trace`:
+    each read is noted, and nothing is fetched ahead."""
 
     image: str
     peers: tuple[str, ...]
     persist: bool = False
     rest: Rest = REST_OFF
     deadline: float = DEADLINE
+    trace: bool = False
 
 
 def parse(command_line: str, more: Iterable[str] = ()) -> Wanted:
     """What the kernel command line, and the words the launcher brought, ask for. Raises UserError."""
     line, _, _ = f" {command_line} ".replace("\n", " ").partition(" -- ")
-    image, peers, persist, rest, deadline = "", [], False, REST_OFF, DEADLINE
+    image, peers, persist, rest, deadline, trace = "", [], False, REST_OFF, DEADLINE, False
     for word in (*line.split(), *more):
         name, _, value = word.partition("=")
         match name:
@@ -83,6 +85,8 @@ def parse(command_line: str, more: Iterable[str] = ()) -> Wanted:
                 peers.append(value)
             case "hostos.persist":
                 persist = value not in ("0", "no", "off")
+            case "hostos.trace":
+                trace = value not in ("0", "no", "off")
             case "hostos.complete":
                 rest = Rest.parse(value)
             case "hostos.deadline":
@@ -94,10 +98,10 @@ def parse(command_line: str, more: Iterable[str] = ()) -> Wanted:
         raise UserError("hostos.root= names no image", "hostos.root=<hash>")
     if looks_like_cid(image):
         gateways = tuple(str(parse_gateway(each)) for each in peers)
-        return Wanted(str(parse_cid(image)), gateways, persist, rest, deadline)
+        return Wanted(str(parse_cid(image)), gateways, persist, rest, deadline, trace)
     reference = parse_image_reference(image)
     named = tuple(dict.fromkeys((*(parse_peer(each) for each in peers), *reference.peers)))
-    return Wanted(reference.info_hash, named, persist, rest, deadline)
+    return Wanted(reference.info_hash, named, persist, rest, deadline, trace)
 
 
 def say(text: str) -> None:
@@ -145,6 +149,8 @@ class Root:
         say(f"looking for image {wanted.image[:16]}, asking {', '.join(wanted.peers) or 'nobody'}")
         options = Options(
             name=NAME,
+            # By its boot trace, too.
+            init=True,
             private_users=False,
             # A name of its own for each image: its changes make sense over no other.
             persist=wanted.image[:32].lower() if wanted.persist else "",
@@ -163,6 +169,7 @@ class Root:
             read_deadline=READ_DEADLINE,
             only_mount=True,
             rest=wanted.rest,
+            trace=wanted.trace,
         )
         try:
             await in_thread(self._prepare, container.root)
@@ -194,7 +201,8 @@ class Root:
             try:
                 root_files.mount_kernel_file_systems(root)
                 root_files.identify(root, kept=self.wanted.persist)
-                root_files.spare_updates(root)
+                if not self.wanted.persist:
+                    root_files.up_to_date(root)
                 servers = [
                     line.split()[1]
                     for line in (RUN / "resolv.conf").read_text().splitlines()

@@ -54,17 +54,19 @@ def identify(root: Inside, here: Path = Path("/"), *, kept: bool = False) -> Non
         root.write("root/.ssh/authorized_keys", text.encode(errors="surrogateescape"), 0o600)
 
 
-def spare_updates(root: Inside) -> None:
-    """Have systemd believe that /etc and /var are not older than /usr, as in `hostos.live.running.NO_UPDATE`.
+def up_to_date(root: Inside) -> None:
+    """Tell systemd that /etc and /var fit /usr (systemd-update-done.service(8)): they came together. Raises OSError.
 
-    Only where a package manager made them whole. Raises OSError.
+    Or it would look after them at each boot: `ldconfig` reads a part of every library there is. Only where there is a
+    linker's cache, so that a package manager did all that (`hostos.live.running.NO_UPDATE`): an image may leave it to
+    systemd to fill an empty /etc.
     """
     if not root.read("etc/ld.so.cache"):
         return
+    changed = root.changed("usr")
     for directory in ("etc", "var"):
-        # What is there was kept from an earlier run, or is the image's own business.
-        if not root.read(f"{directory}/.updated"):
-            root.write(f"{directory}/.updated", "# as the image has it\n")
+        if changed and root.changed(f"{directory}/.updated") < changed:
+            root.write(f"{directory}/.updated", f"TIMESTAMP_NSEC={changed}\n", changed=changed)
 
 
 def keep_network(root: Inside, interface: str, servers: list[str]) -> None:

@@ -3,6 +3,7 @@
     identity                 one's own key (32 bytes, hex), mode 0600: who has it can speak as you
     book.json                petnames: what one calls other people's keys, and where their records are
     records/<key>/<name>     every record that was accepted, one a line, the last one valid
+    removed/<key>/<name>     the same of one's own names that were removed: their numbers go on
 
 A record is accepted only if it is signed and its number is higher than any before: what was pinned once is
 never taken back to something older.
@@ -143,9 +144,9 @@ class Names:
 
     # --- records ------------------------------------------------------------------------------------
 
-    def log(self, key: str, name: str) -> list[Record]:
+    def log(self, key: str, name: str, where: str = "records") -> list[Record]:
         """Every record that was accepted, the oldest first; each is verified again. Raises UserError."""
-        path = self._path(key, name)
+        path = self._path(key, name, where)
         try:
             lines = path.read_bytes().splitlines()
         except FileNotFoundError:
@@ -168,6 +169,10 @@ class Names:
         """Names of one's own that mean this image now."""
         own = self.public_key()
         return [record.name for record in self.all() if record.key == own and record.image == image]
+
+    def peers(self, image: str) -> list[str]:
+        """Who has this image, as those say whose names mean it now."""
+        return [peer for record in self.all() if record.image == image for peer in record.peers]
 
     def accept(self, record: Record, key: str, name: str) -> Record:
         """Pin a record. Raises UserError: forged, older than what is pinned, or another one of the same number."""
@@ -194,13 +199,22 @@ class Names:
 
     def forget(self, name: str) -> None:
         """Remove one's own name. Raises UserError if there is none."""
-        path = self._path(self.public_key() or "0" * 64, name)
+        key = self.public_key() or "0" * 64
+        path = self._path(key, name)
         if not path.exists():
             raise UserError(f"you have no name {name!r}", "hostos name ls")
-        path.unlink()
+        removed = self._path(key, name, "removed")
+        removed.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(removed)
 
-    def _path(self, key: str, name: str) -> Path:
-        return self.root / "records" / check_key(key) / check_name(name)
+    def number(self, key: str, name: str) -> int:
+        """The highest that is known, also from before the name was removed; 0 if none is. Raises UserError."""
+        return max(
+            (each.sequence for where in ("records", "removed") for each in self.log(key, name, where)), default=0
+        )
+
+    def _path(self, key: str, name: str, where: str = "records") -> Path:
+        return self.root / where / check_key(key) / check_name(name)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 
 from hostos.errors import UserError
 from hostos.live.torrents import parse_peer
@@ -25,16 +26,26 @@ def push(image: str, name: str, peers: tuple[str, ...], days: int, names: Names 
     named = tuple(parse_peer(peer) for peer in peers) or _seed()
     if len(named) > MAX_PEERS:
         raise UserError(f"{len(named)} peers; a record has at most {MAX_PEERS}", "name fewer --peer")
-    last = names.last(public, name)
-    at = int(time.time())
-    record = Record(public, name, last.sequence + 1 if last else 1, image, at, at + days * 86400, named).sign(key)
-    record.to_json()
-    names.accept(record, public, name)
-    nodes = names.book().dht
-    if not nodes:
-        return record, 0
-    with Dht(nodes) as dht:
-        return record, dht.put(key, name, record.to_json())
+    nodes, number = names.book().dht, names.number(public, name)
+    with ExitStack() as stack:
+        dht = stack.enter_context(Dht(nodes)) if nodes else None
+        if dht is not None and not number:
+            # The key may have come from a copy of it: what it signed elsewhere is still the highest for others.
+            number = _known_to(dht, public, name)
+        at = int(time.time())
+        record = Record(public, name, number + 1, image, at, at + days * 86400, named).sign(key)
+        record.to_json()
+        names.accept(record, public, name)
+        return record, dht.put(key, name, record.to_json()) if dht else 0
+
+
+def _known_to(dht: Dht, key: str, name: str) -> int:
+    """The number of the record that the DHT has; 0 if it has none that is right."""
+    data = dht.get(key, name)
+    try:
+        return Record.parse(data).verified(key, name).sequence if data else 0
+    except UserError:
+        return 0
 
 
 def _seed() -> tuple[str, ...]:

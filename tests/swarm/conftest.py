@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -296,10 +297,10 @@ class Lab:
         subprocess.run([*self.enter(host), *command], check=True)
 
 
-@pytest.fixture
-def lab() -> Iterator[Lab]:
+@contextmanager
+def laboratory(mark: str) -> Iterator[Lab]:
     """Hosts 1 to 3, and their network in a namespace as well."""
-    made = Lab(f"hst-swarm-{os.getpid()}")
+    made = Lab(f"hst-{mark}-{os.getpid()}")
     names = [f"{made.mark}-{host}" for host in range(4)]
     try:
         for name in names:
@@ -317,6 +318,12 @@ def lab() -> Iterator[Lab]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with laboratory("swarm") as made:
+        yield made
 
 
 PORT = 6881

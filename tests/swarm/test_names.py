@@ -78,6 +78,14 @@ def test_through_a_dht_of_ones_own(tmp_path: Path) -> None:
             found = resolve("steve/gaming", mine)
             assert found is not None
             assert (found.record.image, found.asked) == (ONE, "the DHT")
+            # On another host with a copy of the key the numbers go on.
+            moved = Names(tmp_path / "moved")
+            moved.make_key()
+            (moved.root / "identity").write_text((steve.root / "identity").read_text())
+            moved.use_dht((node,))
+            again = pushing.push(ONE, "gaming", ("192.0.2.1:1",), 90, moved)[0]
+            assert again.sequence == 2
+            steve.accept(again, key, "gaming")
             # Whoever serves names puts them there again and again.
             steve.use_dht(())
             pushing.push(TWO, "gaming", (), 90, steve)

@@ -122,6 +122,21 @@ def test_steps_become_layers_and_are_kept(place: Path) -> None:
     assert builder.build(place / "r.toml", "", Steps(), builder.Options()).cached == 0
 
 
+def test_an_archive_is_packed_once(place: Path) -> None:
+    subprocess.run(["tar", "-cf", place / "tree.tar", "-C", place / "tree", "."], check=True)
+    recipe = place / "tar.toml"
+    recipe.write_text('name = "test/tar"\nsource-date-epoch = 1700000000\nbase.tar = "tree.tar"\n')
+    made = builder.build(recipe, "", Steps(), builder.Options())
+    assert (made.steps, made.cached) == (1, 0)
+    again = builder.build(recipe, "", Steps(), builder.Options(update=True))
+    assert (again.steps, again.cached, again.image.hash) == (1, 1, made.image.hash)
+    # By what is in it.
+    (place / "tree/more").write_text("x")
+    subprocess.run(["tar", "-rf", place / "tree.tar", "-C", place / "tree", "./more"], check=True)
+    assert builder.build(recipe, "", Steps(), builder.Options()).cached == 0
+    assert builder.build(recipe, "", Steps(), builder.Options(fresh=True)).cached == 0
+
+
 def test_the_same_recipe_gives_the_same_hash_again(place: Path) -> None:
     made = builder.build(place / "r.toml", "", Steps(), builder.Options()).image
     lock = recipe_lock.path_of(place / "r.toml").read_bytes()

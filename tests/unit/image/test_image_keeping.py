@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,10 +99,77 @@ def test_copies_are_counted_at_peers(home: Path, tree: Path, run: Command) -> No
     made = child.publish_child(tree, "copies/b", below, Steps())
     seed = seeding.start()
     bundle = store.bundle(made.hash)
+    # The own seed is nobody else.
+    status, out, err = run("image", "copies", "copies/b", "--peer", seed.address)
+    assert (status, out.strip()) == (0, "1")
     # One has all of it; nobody is at the other.
     assert keeping.copies(bundle, [seed.address, "127.0.0.1:1"], deadline=2.0) == [seed.address]
-    status, out, err = run("image", "copies", "copies/b", "--peer", seed.address)
-    assert (status, out.strip()) == (0, "2")
-    assert f"{seed.address} has all of it" in err
     status, out, err = run("image", "copies", "copies/b")
     assert (out.strip(), "the only known copy" in err) == ("1", True)
+
+
+@pytest.fixture
+def other_host(home: Path, tree: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """Where the seed of another host listens, which has the same image as this one, whole: keep/last."""
+    with monkeypatch.context() as there:
+        there.setenv("HOSTOS_HOME", str(tmp_path / "there"))
+        made = publish(tree, "keep/last", Steps()).hash
+        address = seeding.start("127.0.0.11").address
+    assert publish(tree, "keep/last", Steps()).hash == made
+    yield address
+    with monkeypatch.context() as there:
+        there.setenv("HOSTOS_HOME", str(tmp_path / "there"))
+        seeding.stop()
+
+
+def test_the_last_known_copy_stays(home: Path, tree: Path, run: Command, other_host: str) -> None:
+    # Nobody is where somebody is said to be.
+    status, _, err = run("image", "rm", "keep/last", "--peer", "127.0.0.1:1")
+    assert (status, "it would be the last known copy (127.0.0.1:1 has not all of it)" in err) == (2, True)
+    assert Store().get("keep/last")
+    # Somebody else has all of it.
+    assert run("image", "copies", "keep/last", "--peer", other_host)[1].strip() == "2"
+    began = time.monotonic()
+    status, _, err = run("image", "rm", "keep/last", "--peer", "127.0.0.1:1", "--peer", other_host)
+    assert (status, "last known copy" in err) == (0, False)
+    assert time.monotonic() - began < keeping.ANSWER_DEADLINE
+    assert Store().images() == []
+
+
+def test_whom_a_name_names_is_asked(home: Path, tree: Path, run: Command, other_host: str) -> None:
+    made = Store().get("keep/last").hash
+    Names().make_key()
+    pushing.push(made, "mine", ("127.0.0.1:1",), 90)
+    status, _, err = run("image", "rm", "keep/last", "--force")
+    assert (status, "warning: keep/last: this is the last known copy" in err) == (0, True)
+    publish(tree, "keep/last", Steps())
+    pushing.push(made, "mine", (other_host,), 90)
+    status, _, err = run("image", "rm", "keep/last", "--force")
+    assert (status, "last known copy" in err) == (0, False)
+
+
+def test_a_layer_that_stays_is_not_the_last_copy_of_anything(home: Path, tree: Path, run: Command) -> None:
+    store = Store()
+    below = store.get(publish(tree, "keep/below", Steps()).hash)
+    (tree / "more").write_text("x")
+    child.publish_child(tree, "keep/above", below, Steps())
+    status, _, err = run("image", "rm", "keep/below", "--peer", "127.0.0.1:1")
+    assert (status, err.count("last known copy")) == (0, 0)
+    # With nobody to ask it is said, and done.
+    status, _, err = run("image", "rm", "keep/above")
+    assert (status, "warning: keep/above: this is the last known copy" in err) == (0, True)
+    assert store.images() == []
+
+
+def test_short_spellings(home: Path, tree: Path, run: Command) -> None:
+    made = publish(tree, "short/one", Steps()).hash
+    assert run("pin", "short/one")[0] == 0
+    assert keeping.Pins(Store()).all() == {made}
+    assert run("image", "rm", "short/one")[0] == 2
+    assert run("unpin", "short/one")[0] == 0
+    assert keeping.Pins(Store()).all() == set()
+    assert run("seed", "--only", "short/one")[0] == 0
+    running = seeding.status()
+    assert running
+    assert running.details["only"] == [made]
+    assert "Commands:" in run("seed", "--help")[1]

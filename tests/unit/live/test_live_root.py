@@ -1,5 +1,7 @@
 """What the kernel command line asks for, and what an image is given to become a machine's system."""
 
+import os
+
 import pytest
 
 from hostos.errors import UserError
@@ -14,6 +16,12 @@ def test_the_command_line_names_image_peers_and_how():
     found = parse(f"quiet hostos.root={HASH} hostos.peer=10.0.2.2:6881 hostos.persist=1 hostos.deadline=7\n")
     assert (found.image, found.peers, found.persist, found.deadline) == (HASH, ("10.0.2.2:6881",), True, 7.0)
     assert not found.rest.fetch
+
+
+def test_its_reads_can_be_noted():
+    assert parse(f"hostos.root={HASH} hostos.trace=1").trace
+    assert not parse(f"hostos.root={HASH} hostos.trace=0").trace
+    assert not parse(f"hostos.root={HASH}").trace
 
 
 def test_what_the_launcher_brought_is_added():
@@ -113,6 +121,34 @@ def test_a_second_start_over_kept_changes_adds_nothing_twice(image, here):
     assert (image / "etc/ssh/ssh_host_rsa_key").exists()
 
 
+def test_systemd_need_not_look_after_what_came_with_usr(image):
+    stamp = 1_600_000_000_123_456_789
+    (image / "etc/.updated").write_text("of the base\n")
+    os.utime(image / "etc/.updated", ns=(stamp - 1, stamp - 1))
+    os.utime(image / "usr", ns=(stamp, stamp))
+    with Inside(image) as root:
+        root_files.up_to_date(root)
+        # /etc may be empty on purpose: systemd is to fill it.
+        assert not (image / "var/.updated").exists()
+        (image / "etc/ld.so.cache").write_text("libraries")
+        root_files.up_to_date(root)
+        for directory in ("etc", "var"):
+            # ConditionNeedsUpdate= compares just these times.
+            assert (image / directory / ".updated").stat().st_mtime_ns == stamp
+            assert (image / directory / ".updated").read_text() == f"TIMESTAMP_NSEC={stamp}\n"
+        (image / "etc/.updated").write_text("newer\n")
+        root_files.up_to_date(root)
+    assert (image / "etc/.updated").read_text() == "newer\n"
+
+
+def test_an_image_without_usr_is_left_alone(tmp_path):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/ld.so.cache").write_text("libraries")
+    with Inside(tmp_path) as root:
+        root_files.up_to_date(root)
+    assert not (tmp_path / "etc/.updated").exists()
+
+
 def test_every_manager_of_networks_is_told(image):
     with Inside(image) as root:
         root_files.keep_network(root, "eth0", ["10.0.2.3"])
@@ -130,23 +166,3 @@ def test_a_resolver_of_the_image_keeps_its_own_file(image):
     with Inside(image) as root:
         root_files.keep_network(root, "eth0", ["10.0.2.3"])
     assert "stub" in str((image / "etc/resolv.conf").readlink())
-
-
-def test_an_etc_that_is_whole_is_not_made_again_at_each_boot(image):
-    def updated():
-        return [(image / name / ".updated").exists() for name in ("etc", "var")]
-
-    with Inside(image) as root:
-        root_files.spare_updates(root)
-        assert updated() == [False, False]  # it may be empty on purpose: systemd is to fill it
-        (image / "etc/ld.so.cache").write_text("libraries")
-        root_files.spare_updates(root)
-    assert updated() == [True, True]
-
-
-def test_what_a_kept_system_noted_itself_stays(image):
-    (image / "etc/ld.so.cache").write_text("libraries")
-    (image / "etc/.updated").write_text("TIMESTAMP_NSEC=1\n")
-    with Inside(image) as root:
-        root_files.spare_updates(root)
-    assert (image / "etc/.updated").read_text() == "TIMESTAMP_NSEC=1\n"

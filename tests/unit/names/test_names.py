@@ -149,8 +149,26 @@ def test_petnames_do_not_collide(steve: Names, mine: Names, tmp_path: Path) -> N
     mine.add(Person("steve", stranger), replace=True)
     assert mine.book().people["steve"].key == stranger
     # Gone and back: what was pinned is still pinned.
+    old = pushing.push(ONE, "gaming", (), 90, other)[0]
+    mine.accept(pushing.push(TWO, "gaming", (), 90, other)[0], stranger, "gaming")
     mine.remove("steve")
     assert mine.person("steve") is None
+    mine.add(Person("steve", stranger))
+    with pytest.raises(UserError, match="roll-back"):
+        mine.accept(old, stranger, "gaming")
+
+
+def test_numbers_go_on_after_a_name_was_removed(steve: Names) -> None:
+    pushing.push(ONE, "gaming", (), 90, steve)
+    pushing.push(TWO, "gaming", (), 90, steve)
+    steve.forget("gaming")
+    key = steve.public_key()
+    assert key
+    assert steve.log(key, "gaming") == []
+    # Or everybody who has seen the second would take it for a roll-back.
+    assert pushing.push(ONE, "gaming", (), 90, steve)[0].sequence == 3
+    with pytest.raises(UserError, match="no name 'other'"):
+        steve.forget("other")
 
 
 @pytest.mark.parametrize(
@@ -225,9 +243,19 @@ def test_the_command_line(
     pushing.push(TWO, "own", (), 90)
     record = tmp_path / "record"
     record.write_text(run("export", "own")[1])
-    status, _, err = run("import", record)
-    assert (status, "who isn't in your book" in err) == (2, True)
     assert run("rm", "steve")[0] == 0
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(steve.last(key, "gaming").to_json())  # type: ignore[union-attr]
+    status, _, err = run("import", theirs)
+    assert (status, "who isn't in your book" in err) == (2, True)
+    # One's own, on a new host, with a copy of the key: numbers go on.
+    identity = (Names().root / "identity").read_text()
+    with monkeypatch.context() as moved:
+        moved.setenv("HOSTOS_HOME", str(tmp_path / "new"))
+        Names().make_key()
+        (Names().root / "identity").write_text(identity)
+        assert "me/own" in run("import", record)[2]
+        assert pushing.push(ONE, "own", (), 90)[0].sequence == 2
     status, _, err = run("add", "steve", "xyz")
     assert (status, "not a public key" in err) == (2, True)
     assert run("log", "steve/gaming")[0] == 2
