@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, cast
 
 from hostos.errors import UserError, failure
+from hostos.image import acls
 from hostos.image.entries import Entry, arrange
 from hostos.image.overlay import Tree, merge
 from hostos.image.sources import read_plain_tar
@@ -52,7 +53,7 @@ def read_layer(path: Path, stack: ExitStack) -> list[Entry]:
             raise failure(f"unpacking {path.name}: {error.strerror}", hint) from None
     spool.seek(0)
     entries, _ = read_plain_tar(spool, path, stack)
-    return arrange(entries, str(path))
+    return acls.absorbed(arrange(entries, str(path)), str(path))
 
 
 def read_image(store: Store, image: StoredImage, stack: ExitStack, steps: Steps, *, up_to: int | None = None) -> Tree:

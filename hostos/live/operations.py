@@ -265,7 +265,8 @@ class Operations:
         if container.only_mounted:
             raise UserError(f"{container.options.name!r} is only mounted: nothing runs in it")
         # By its file, isolated: whoever runs it need not find this package, and it needs nothing of it.
-        argv = [sys.executable, "-I", str(upper.__file__), str(container.changes), str(container.base or 0)]
+        argv = [sys.executable, "-I", str(upper.__file__), str(container.changes), str(container.root)]
+        argv.append(str(container.base or 0))
         if container.supervisor:
             argv.append(str(await self.containers.leader(container)))
         return {"image": container.bundle.image, "argv": argv}

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trees import set_acls, snapshot
 
 from hostos.errors import UserError
 from hostos.image import squashfs
@@ -37,7 +38,6 @@ as_root = pytest.mark.skipif(
 )
 
 # pathlib doesn't take names that are bytes.
-# ruff: noqa: PTH115, PTH208
 
 Add = Callable[..., None]
 
@@ -137,35 +137,6 @@ def test_a_change_changes_the_layer(tree: Path, tmp_path: Path) -> None:
 # --- nothing is lost ---
 
 
-def snapshot(root: Path) -> dict[bytes, tuple[Any, ...]]:
-    """Everything about a tree that a layer must keep."""
-    result: dict[bytes, tuple[Any, ...]] = {}
-    groups: dict[tuple[int, int], bytes] = {}
-    top = os.fsencode(root)
-    pending = [b""]
-    while pending:
-        path = pending.pop()
-        full = top + b"/" + path if path else top
-        status = os.lstat(full)
-        mode = status.st_mode
-        content: Any = None
-        if stat.S_ISLNK(mode):
-            content = os.readlink(full)
-        elif stat.S_ISREG(mode):
-            content = Path(os.fsdecode(full)).read_bytes()
-        elif stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
-            content = (os.major(status.st_rdev), os.minor(status.st_rdev))
-        elif stat.S_ISDIR(mode):
-            pending += sorted((path + b"/" + name if path else name for name in os.listdir(full)), reverse=True)
-        same = b"" if stat.S_ISDIR(mode) else groups.setdefault((status.st_dev, status.st_ino), path)
-        links = 0 if stat.S_ISDIR(mode) else status.st_nlink
-        xattrs = tuple(
-            (k, os.getxattr(full, k, follow_symlinks=False)) for k in sorted(os.listxattr(full, follow_symlinks=False))
-        )
-        result[path] = (mode, status.st_uid, status.st_gid, int(status.st_mtime), content, same, links, xattrs)
-    return result
-
-
 @pytest.fixture
 def hard_tree(tree: Path) -> Path:
     """What only root can make, on top of `tree`."""
@@ -195,6 +166,9 @@ def hard_tree(tree: Path) -> Path:
         os.setxattr(tree, "user.root", b"r" * 1000)
     except OSError as error:
         pytest.skip(f"the file system of {tree} can't hold extended attributes: {error.strerror}")
+    if not shutil.which("setfacl"):
+        pytest.skip("needs setfacl (acl)")
+    set_acls(tree)
     os.chown(tree, 7, 8)
     tree.chmod(0o750)
     os.utime(tree, (1_500_000_000, 1_500_000_000))
@@ -213,17 +187,21 @@ def test_everything_survives(hard_tree: Path, tmp_path: Path, way: str) -> None:
         source = tmp_path / "t.tar"
         # Attributes of the root and non-UTF-8 names are in its archives like all others.
         subprocess.run(
-            ["bsdtar", "--xattrs", "--format=pax", "-cf", source, "-C", hard_tree, "."],
+            ["bsdtar", "--xattrs", "--acls", "--numeric-owner", "--format=pax", "-cf", source, "-C", hard_tree, "."],
             check=True, timeout=60, stderr=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C.UTF-8"},
         )  # fmt: skip
     elif way != "directory":
-        source = system_tar(hard_tree, tmp_path / "t.tar", *(["--sparse"] if "sparse" in way else []))
+        source = system_tar(hard_tree, tmp_path / "t.tar", *(["--sparse", "--acls"] if "sparse" in way else []))
     target = tmp_path / "layer.sqfs"
     pack(source, target, Steps())
     subprocess.run(
         ["unsquashfs", "-quiet", "-no-progress", "-d", tmp_path / "out", target],
         check=True, timeout=60, stdout=subprocess.DEVNULL,
     )  # fmt: skip
+    # Squashfs has no ACLs: they are a list in the layer, which setfacl(1) reads, too.
+    subprocess.run(["setfacl", "--restore=.hostos-acls"], cwd=tmp_path / "out", check=True, timeout=60)
+    (tmp_path / "out/.hostos-acls").unlink()
+    os.utime(tmp_path / "out", (1, hard_tree.stat().st_mtime))
     expected, found = snapshot(hard_tree), snapshot(tmp_path / "out")
     assert found.keys() == expected.keys()
     for path, value in expected.items():
