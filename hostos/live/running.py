@@ -76,6 +76,8 @@ class Container:
     listening: list[trio.CancelScope] = field(default_factory=list)
     given_up: trio.Event = field(default_factory=trio.Event)
     only_mounted: bool = False
+    is_system: bool = False
+    """Whether it is the machine's own root (`hostos.live.root`)."""
     fifo: int = -1
 
     # --- its files --------------------------------------------------------------------------------

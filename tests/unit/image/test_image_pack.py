@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trees import set_acls, snapshot
+from trees import add_what_is_hard, snapshot
 
 from hostos.errors import UserError
 from hostos.image import squashfs
@@ -140,38 +140,12 @@ def test_a_change_changes_the_layer(tree: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def hard_tree(tree: Path) -> Path:
     """What only root can make, on top of `tree`."""
-    (tree / "suid").write_bytes(b"x" * 200_001)
-    os.chown(tree / "suid", 1000, 70_000)
-    (tree / "suid").chmod(0o6755)
-    (tree / "sticky").mkdir()
-    (tree / "sticky").chmod(0o1777)
-    os.mknod(tree / "null", 0o20666, os.makedev(1, 3))
-    os.mknod(tree / "disk", 0o60660, os.makedev(259, 70_000))
-    os.mknod(tree / "whiteout", 0o20000, os.makedev(0, 0))
-    os.link(tree / "link", tree / "link2", follow_symlinks=False)
-    os.chown(tree / "link", 5, 4_000_000_000, follow_symlinks=False)
-    with (tree / "sparse").open("wb") as file:
-        file.seek(5 << 20)
-        file.write(b"middle")
-        file.truncate(9 << 20)
-    with (tree / "hole").open("wb") as file:
-        file.truncate(3 << 20)
-    os.utime(tree / "suid", (1 << 31, (1 << 32) - 1))
-    os.utime(tree / "sticky", (0, 0))
-    # cap_net_raw+ep, as setcap(8) writes it (VFS_CAP_REVISION_2)
-    try:
-        os.setxattr(tree / "usr/bin/prog", "security.capability", struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0))
-        os.setxattr(tree / "etc/motd", "user.binary", b"\0\xff\n=")
-        os.setxattr(tree / "etc", "trusted.overlay.opaque", b"y")
-        os.setxattr(tree, "user.root", b"r" * 1000)
-    except OSError as error:
-        pytest.skip(f"the file system of {tree} can't hold extended attributes: {error.strerror}")
     if not shutil.which("setfacl"):
         pytest.skip("needs setfacl (acl)")
-    set_acls(tree)
-    os.chown(tree, 7, 8)
-    tree.chmod(0o750)
-    os.utime(tree, (1_500_000_000, 1_500_000_000))
+    try:
+        add_what_is_hard(tree)
+    except OSError as error:
+        pytest.skip(f"the file system of {tree} can't hold extended attributes: {error.strerror}")
     return tree
 
 
