@@ -62,10 +62,9 @@ def encode(acl: Acl) -> bytes:
 
 
 def checked(entries: Iterable[tuple[int, int, int]]) -> Acl:
-    """`entries` in the kernel's order. Raises ValueError if they are no ACL that Linux takes."""
-    acl = tuple(
-        (tag, bits, id if tag in (USER, GROUP) else NOBODY) for tag, bits, id in sorted(entries, key=lambda e: e[0])
-    )
+    """`entries` in the order of the kernel and of acl(5)'s tools. Raises ValueError if Linux would not take them."""
+    acl = tuple((tag, bits, id if tag in (USER, GROUP) else NOBODY) for tag, bits, id in entries)
+    acl = tuple(sorted(acl, key=lambda entry: (entry[0], entry[2])))
     tags = [tag for tag, _, _ in acl]
     if not set(tags) <= _WORDS.keys() or any(not 0 <= bits <= 7 for _, bits, _ in acl):
         raise ValueError("an ACL with an unknown entry")

@@ -56,7 +56,7 @@ def python(hostos: Any, code: str) -> str:
 
 
 def test_one_of_everything(hostos: Any, exact: Path) -> None:
-    hostos("image", "publish", demonstration_image(Steps()), "--name", "test/system").ok()
+    hostos("image", "publish", demonstration_image(Steps()), "--name", "test/system", timeout=1500).ok()
     changes = exact.parents[1]
     hostos("image", "publish", changes, "--changes", "--from", "test/system", "--name", "test/exact").ok()
     expected = trees.snapshot(exact)

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import tarfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from hypothesis import strategies as st
 from trees import add_what_is_hard, snapshot
 
 from hostos.errors import UserError
-from hostos.image import squashfs
+from hostos.image import sources, squashfs
 from hostos.image.architecture import elf_machine
 from hostos.image.entries import Entry, arrange
+from hostos.image.layers import read_layer
 from hostos.image.order import boot_rank
 from hostos.image.pack import pack
 from hostos.steps import Steps
@@ -331,6 +333,36 @@ def test_sources_that_are_nothing(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=complaint):
             pack(tmp_path / name, tmp_path / "layer.sqfs", Steps())
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_decompression_bombs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setattr(sources, "BOMB_SIZE", 1 << 20)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    plain = make_tar(tmp_path / "t.tar", lambda add: add("zeros", bytes(8 << 20))).read_bytes()
+    bomb = tmp_path / "bomb"
+    bomb.write_bytes(compress(plain))
+    with pytest.raises(UserError, match="times its size: refused") as caught:
+        pack(bomb, tmp_path / "layer.sqfs", Steps())
+    assert caught.value.status == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"bomb", "t.tar"}
+
+
+def test_holes_of_a_layer_take_no_space_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's layer of a few bytes may have a file of terabytes, all of it a hole."""
+    (tmp_path / "tree").mkdir()
+    with (tmp_path / "tree/hole").open("wb") as file:
+        file.truncate(3 << 30)
+    pack(tmp_path / "tree", tmp_path / "layer", Steps(), architecture="x86_64")
+    assert (tmp_path / "layer").stat().st_size < 1 << 20
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = shutil.disk_usage(tmp_path).free
+    with ExitStack() as stack:
+        (entry,) = (each for each in read_layer(tmp_path / "layer", stack) if each.path == b"hole")
+        assert entry.size == 3 << 30
+        assert shutil.disk_usage(tmp_path).free > before - (1 << 30)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
