@@ -15,6 +15,7 @@ from hostos.errors import UserError, failure
 from hostos.image import sandbox, unpacked
 from hostos.image.buildcache import Package, Packages
 from hostos.image.entries import Entry, arrange
+from hostos.image.pacman_database import timeless
 from hostos.image.recipe import Base
 from hostos.image.sandbox import Ids
 from hostos.image.sources import read_plain_tar
@@ -75,7 +76,8 @@ def fetch(base: Base, architecture: str, epoch: int, who: Ids, log: Path, stack:
         tar.seek(0)
         entries, _ = read_plain_tar(tar, Path(f"{base.kind} {base.value}"), stack)
         kept = [each for each in entries if each.path not in _OF_THE_HOST]
-        found = arrange((replace(each, mtime=min(each.mtime, epoch)) for each in kept), base.kind)
+        clamped = (replace(each, mtime=min(each.mtime, epoch)) for each in timeless(kept, epoch))
+        found = arrange(clamped, base.kind)
         packages = _apt_packages(work / "packages") if base.kind != "arch" else {}
         step.detail = f"{len(packages)} packages, {len(found)} entries" if packages else f"{len(found)} entries"
     return Fetched(found, packages)
