@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from hostos.image.entries import Entry
 
@@ -23,6 +24,6 @@ def timeless(entries: Iterable[Entry], epoch: int) -> Iterator[Entry]:
     for entry in entries:
         if entry.is_file and 0 < entry.size <= _MOST and _RECORD.fullmatch(entry.path):
             data = _WHEN.sub(b"\\g<1>%d" % epoch, entry.read(entry.size))
-            yield replace(entry, size=len(data), segments=((0, len(data)),), open=lambda data=data: io.BytesIO(data))
+            yield replace(entry, size=len(data), segments=((0, len(data)),), open=partial(io.BytesIO, data))
         else:
             yield entry
