@@ -21,7 +21,8 @@ from typing import Any
 
 from bench import network
 from bench.harness import Comparison, Series
-from bench.live import MEMORY_MIB, PEER_SCRIPT, PROGRAM, RATE_MBIT, delayed, seed
+from bench.live import PEER_SCRIPT, PROGRAM, RATE_MBIT, delayed, seed
+from bench.live_guest import MEMORY_MIB
 from hostos.errors import failure
 from hostos.steps import Steps
 

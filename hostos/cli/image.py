@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from hostos.cli import image_build, image_capture, image_keep, image_layers
+from hostos.cli import image_build, image_capture, image_keep, image_layers, image_look
 from hostos.cli.common import human_size, steps
 from hostos.cli.completing import images
 from hostos.cli.name import push
@@ -325,190 +322,7 @@ def _how(commands: tuple[str, ...], seconds: float, machine: str) -> Any:
         raise UserError(f"a command to trace: {error}", "quote it as for a shell") from None
 
 
-@image.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def ls(as_json: bool) -> None:
-    """List the images of this host, the latest first; then the indexes (`hostos image index`)."""
-    from hostos.image import indexes
-    from hostos.image.store import Store, describe
-
-    store = Store()
-    images, broken, joined = store.images(), store.broken(), indexes.all_indexes(store)
-    if as_json:
-        listed = [describe(item) for item in images]
-        bad = [{"path": str(item.path), "reason": item.reason} for item in broken]
-        several = [indexes.describe(item) for item in joined]
-        click.echo(json.dumps({"schema": 1, "images": listed, "indexes": several, "broken": bad}))
-        return
-    if images or joined:
-        rows = [("HASH", "NAME", "ARCH", "SIZE", "PUBLISHED")]
-        for item in images:
-            when = datetime.datetime.fromtimestamp(item.published).strftime("%Y-%m-%d %H:%M")
-            size = human_size(item.manifest.size) + (" (layers missing)" if item.missing else "")
-            rows.append((item.hash[:16], item.name, item.manifest.architecture, size, when))
-        for each in joined:
-            when = datetime.datetime.fromtimestamp(each.published).strftime("%Y-%m-%d %H:%M")
-            rows.append((each.hash[:16], each.name, "+".join(sorted(each.index.images)), "index", when))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        for row in rows:
-            click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
-    elif sys.stderr.isatty():
-        click.echo("no images yet: hostos image publish DIR --name NAME", err=True)
-    for bad_item in broken:
-        click.echo(f"warning: {bad_item.path} is broken: {bad_item.reason}", err=True)
-
-
-@image.command()
-@click.argument("reference", metavar="HASH|NAME", shell_complete=images)
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def inspect(reference: str, as_json: bool) -> None:
-    """Show what an image is made of and how to get it (checks its metadata against its hash)."""
-    from hostos.image import indexes, seeding
-    from hostos.image.ipfs import recorded
-    from hostos.image.store import Store, describe
-
-    store = Store()
-    joined = indexes.find(store, reference)
-    if joined is not None:
-        _inspect_index(store, joined, as_json)
-        return
-    found = store.get(reference)
-    bundle = store.bundle(found.hash)
-    cid = recorded(found)
-    seed = seeding.status()
-    peers = (seed.address,) if seed else ()
-    layers: list[dict[str, Any]] = [
-        {
-            "hash": torrent.info_hash,
-            "size": torrent.size,
-            "piece_size": torrent.piece_size,
-            "file": str(store.layer_path(layer)),
-            "present": layer.torrent not in found.missing,
-            "magnet": torrent.magnet(peers),
-        }
-        for torrent, layer in zip(bundle.layers, bundle.manifest.layers, strict=True)
-    ]
-    if as_json:
-        more = {
-            "cid": cid,
-            "magnet": bundle.torrent.magnet(peers),
-            "layers": layers,
-            "seed": seed.address if seed else None,
-        }
-        click.echo(json.dumps({**describe(found), **more}))
-        return
-    boot = bundle.manifest.boot
-    lines = [
-        ("image", found.hash),
-        ("name", found.name),
-        ("architecture", bundle.manifest.architecture),
-        ("size", human_size(bundle.manifest.size)),
-        ("published", datetime.datetime.fromtimestamp(found.published).isoformat(" ", "seconds")),
-        ("command", " ".join(map(repr, boot.command)) or "the image's init"),
-        *(("env", f"{key}={value!r}") for key, value in boot.env),
-        ("user", boot.user or "root"),
-        *([("private", cipher)] if (cipher := bundle.manifest.layers[-1].cipher) else []),
-        *([("workdir", boot.workdir)] if boot.workdir else []),
-        *([("ports", " ".join(boot.ports))] if boot.ports else []),
-        *(("parent" if number == 0 else "", parent) for number, parent in enumerate(bundle.manifest.parents)),
-        ("boot trace", _traced(bundle.trace)),
-        ("magnet", bundle.torrent.magnet(peers)),
-        ("IPFS", cid or "not added: hostos image ipfs"),
-        ("seed", seed.address if seed else "not running: hostos seed start"),
-    ]
-    history = bundle.manifest.history or ("",) * len(layers)
-    for number, layer in enumerate(layers):
-        lines += [
-            (f"layer {number}", layer["hash"]),
-            *([("  made by", history[number])] if history[number] else []),
-            ("  size", f"{human_size(layer['size'])} in pieces of {layer['piece_size'] >> 10} KiB"),
-            ("  file", layer["file"] if layer["present"] else "missing"),
-            ("  magnet", layer["magnet"]),
-        ]
-    for key, value in lines:
-        click.echo(f"{key + ':' if key else '':14} {value}")
-
-
-def _inspect_index(store: Any, found: Any, as_json: bool) -> None:
-    from hostos.image import indexes, seeding
-
-    if as_json:
-        click.echo(json.dumps(indexes.describe(found)))
-        return
-    seed = seeding.status()
-    lines = [
-        ("index", found.hash),
-        ("name", found.name),
-        ("published", datetime.datetime.fromtimestamp(found.published).isoformat(" ", "seconds")),
-        ("magnet", found.index.torrent().magnet((seed.address,) if seed else ())),
-    ]
-    for architecture, image in sorted(found.index.images.items()):
-        there = store.find(image)
-        known = f"{there.name}, {human_size(there.manifest.size)}" if there else "not in this store"
-        lines.append((architecture, f"{image}  {known}"))
-    for key, value in lines:
-        click.echo(f"{key + ':':14} {value}")
-
-
-def _traced(trace: Any) -> str:
-    if trace is None:
-        return "none"
-    commands = [shlex.join(workload.command) or "(init)" for workload in trace.workloads]
-    sizes = [human_size(workload.size) for workload in trace.workloads]
-    return "; ".join(f"{text[:60]}: {size}" for text, size in zip(commands, sizes, strict=True))
-
-
-@image.command()
-@click.argument("references", metavar="HASH|NAME...", nargs=-1, required=True, shell_complete=images)
-@click.option("--force", is_flag=True, help="Even what is pinned, what a name of yours means, or the last copy.")
-@click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", help="Who else may have them (repeatable).")
-def rm(references: tuple[str, ...], force: bool, peers: tuple[str, ...]) -> None:
-    """Remove images and the layers no other image uses, or indexes (their images stay).
-
-    What is pinned stays, and so does what a name of yours means, as others may look for it. Known peers (--peer,
-    those that a name's record names, the setting container.peers) are asked who has it, too: the last known copy
-    stays, unless --force says otherwise. When no peer is known, it goes with a warning.
-    """
-    from hostos.image import indexes, keeping, privacy, seeding
-    from hostos.image.store import Store
-    from hostos.names.book import Names
-
-    store = Store()
-    joined = {reference: indexes.find(store, reference) for reference in references}
-    # All of them must exist before the first one goes.
-    hashes = [_removable(store, reference) for reference in references if joined[reference] is None]
-    names = Names()
-    going = [image for image in store.images() if image.hash in hashes]
-    for image in going:
-        for warning in keeping.check_removable(store, image, names.meaning(image.hash), force=force):
-            click.echo(f"warning: {image.name}: {warning}", err=True)
-    asked = image_keep.known_peers(peers, [image.hash for image in going])
-    for last in keeping.last_copies(store, going, asked):
-        if asked and not force:
-            raise UserError(
-                f"{last} is not removed: it would be the last known copy ({', '.join(asked)} has not all of it)",
-                'have somebody fetch all of it (container.complete = "on"), name who has: --peer; or --force',
-            )
-        click.echo(f"warning: {last}: this is the last known copy", err=True)
-    for each in {found.hash: found for found in joined.values() if found}.values():
-        indexes.remove(store, each)
-    free = sum(store.remove(item) for item in dict.fromkeys(hashes))
-    for item in hashes:
-        privacy.forget(item)
-    seeding.reload()
-    click.echo(f"{human_size(free)} free", err=True)
-
-
-def _removable(store: Any, reference: str) -> str:
-    if any(item.path.name == reference for item in store.broken()):
-        return reference
-    found = store.get(reference)
-    same = [item for item in store.images() if item.name == reference]
-    if len(same) > 1:
-        raise UserError(f"{len(same)} images are called {reference}", "give its hash: hostos image ls")
-    return str(found.hash)
-
-
-for _more in (*image_layers.COMMANDS, *image_build.COMMANDS, *image_capture.COMMANDS, *image_keep.COMMANDS):
-    image.add_command(_more)
+for _noun in (image_look, image_layers, image_build, image_capture, image_keep):
+    for _more in _noun.COMMANDS:
+        image.add_command(_more)
 image.add_command(push)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -29,6 +30,8 @@ def capture(container: str, machine: str, name: str | None, only_list: bool, as_
     """Make what CONTAINER has changed since it was booted a new layer on its image, and print the hash.
 
     The container stands still meanwhile and then goes on. What it wrote to /tmp and /run is not in it.
+    CONTAINER `root` is the machine's own system, if that is an image (hostos up --root); its host name, host keys and
+    authorized keys are not in it.
 
     \b
       hostos image capture web --name web/patched
@@ -55,7 +58,10 @@ def capture(container: str, machine: str, name: str | None, only_list: bool, as_
                     f"the image of {container}, {answer['image'][:16]}…, is not in this host's store",
                     "capture it where it was published",
                 )
-            with told.step(f"read what {container} changed") as step, guest.connection.open(answer["argv"]) as stream:
+            is_system = bool(answer["system"])
+            # Below a root that is an image, our own system is still there.
+            argv = [*(["chroot", live.SYSTEM] if is_system else []), *answer["argv"]]
+            with told.step(f"read what {container} changed") as step, guest.connection.open(argv) as stream:
                 stream.settimeout(END_SECONDS)
                 shutil.copyfileobj(stream, spool, 1 << 16)
                 status = stream.status(END_SECONDS)
@@ -65,7 +71,10 @@ def capture(container: str, machine: str, name: str | None, only_list: bool, as_
                 step.detail = f"{spool.tell() >> 10} KiB"
         spool.seek(0)
         found, _ = read_plain_tar(spool, Path(container), stack)
-        entries = arrange(overlay.from_upper(found), f"what {container} changed")
+        changed = overlay.from_upper(found)
+        if is_system:
+            changed = [entry for entry in changed if not _is_given(entry.path)]
+        entries = arrange(changed, f"what {container} changed")
         if only_list:
             below = read_image(store, parent, stack, told)
             listed = [(kind, printable(path)) for kind, path in overlay.changes(below, entries)]
@@ -92,6 +101,13 @@ def capture(container: str, machine: str, name: str | None, only_list: bool, as_
         )
     else:
         announce(image, made.packed.size)
+
+
+def _is_given(path: bytes) -> bool:
+    """Whether it is the machine's own, or would not be there in a container."""
+    from hostos.live.root_files import GIVEN
+
+    return os.fsdecode(path) in GIVEN or path.startswith((b"tmp/", b"run/", b"dev/"))
 
 
 COMMANDS = (capture,)

@@ -1,8 +1,9 @@
-"""`hostos image pin|unpin|copies|gc`: what stays, who else has it, and what may go."""
+"""`hostos image pin|unpin|copies|gc|rm`: what stays, who else has it, and what goes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import click
 
@@ -102,4 +103,55 @@ def gc(days: int, dry_run: bool) -> None:
     click.echo(f"{human_size(free)} free", err=True)
 
 
-COMMANDS = (pin, unpin, copies, gc)
+@click.command()
+@click.argument("references", metavar="HASH|NAME...", nargs=-1, required=True, shell_complete=images)
+@click.option("--force", is_flag=True, help="Even what is pinned, what a name of yours means, or the last copy.")
+@click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", help="Who else may have them (repeatable).")
+def rm(references: tuple[str, ...], force: bool, peers: tuple[str, ...]) -> None:
+    """Remove images and the layers no other image uses, or indexes (their images stay).
+
+    What is pinned stays, and so does what a name of yours means, as others may look for it. Known peers (--peer,
+    those that a name's record names, the setting container.peers) are asked who has it, too: the last known copy
+    stays, unless --force says otherwise. When no peer is known, it goes with a warning.
+    """
+    from hostos.image import indexes, keeping, privacy, seeding
+    from hostos.image.store import Store
+    from hostos.names.book import Names
+
+    store = Store()
+    joined = {reference: indexes.find(store, reference) for reference in references}
+    # All of them must exist before the first one goes.
+    hashes = [_removable(store, reference) for reference in references if joined[reference] is None]
+    names = Names()
+    going = [image for image in store.images() if image.hash in hashes]
+    for image in going:
+        for warning in keeping.check_removable(store, image, names.meaning(image.hash), force=force):
+            click.echo(f"warning: {image.name}: {warning}", err=True)
+    asked = known_peers(peers, [image.hash for image in going])
+    for last in keeping.last_copies(store, going, asked):
+        if asked and not force:
+            raise UserError(
+                f"{last} is not removed: it would be the last known copy ({', '.join(asked)} has not all of it)",
+                'have somebody fetch all of it (container.complete = "on"), name who has: --peer; or --force',
+            )
+        click.echo(f"warning: {last}: this is the last known copy", err=True)
+    for each in {found.hash: found for found in joined.values() if found}.values():
+        indexes.remove(store, each)
+    free = sum(store.remove(item) for item in dict.fromkeys(hashes))
+    for item in hashes:
+        privacy.forget(item)
+    seeding.reload()
+    click.echo(f"{human_size(free)} free", err=True)
+
+
+def _removable(store: Any, reference: str) -> str:
+    if any(item.path.name == reference for item in store.broken()):
+        return reference
+    found = store.get(reference)
+    same = [item for item in store.images() if item.name == reference]
+    if len(same) > 1:
+        raise UserError(f"{len(same)} images are called {reference}", "give its hash: hostos image ls")
+    return str(found.hash)
+
+
+COMMANDS = (pin, unpin, copies, gc, rm)

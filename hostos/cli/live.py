@@ -25,6 +25,8 @@ from hostos.names import resolve as names
 from hostos.steps import Steps
 
 SOCKET = "/run/hostos/live.sock"
+SYSTEM = "/run/hostos/system"
+"""Where our own system is found in a root that is an image."""
 CONNECT_SECONDS = 60.0
 ANSWER_SECONDS = 60.0
 """What an answer may take beyond the time the request itself allows."""
@@ -214,7 +216,7 @@ def guest(machine: str, steps: Steps, *, start: bool) -> Iterator[Guest]:
         connection = stack.enter_context(connect(instance, deadline=CONNECT_SECONDS))
         try:
             # Below a root that is an image, our own system is still there.
-            stream = connection.unix_socket(SOCKET, root="/run/hostos/system" if instance.require_run().root else "")
+            stream = connection.unix_socket(SOCKET, root=SYSTEM if instance.require_run().root else "")
         except ConnectionLost as error:
             raise UserError(str(error), f"hostos status -m {machine}", status=FAILED) from error
         client = Client(stream)

@@ -15,6 +15,7 @@ from hostos.errors import UserError, failure
 from hostos.image import sandbox, unpacked
 from hostos.image.buildcache import Package, Packages
 from hostos.image.entries import Entry, arrange
+from hostos.image.pacman_database import timeless
 from hostos.image.recipe import Base
 from hostos.image.sandbox import Ids
 from hostos.image.sources import read_plain_tar
@@ -51,6 +52,9 @@ def fetch(base: Base, architecture: str, epoch: int, who: Ids, log: Path, stack:
         raise UserError(f"{tool} is needed for a base of {base.kind}", f"install {package}")
     work = sandbox.own(sandbox.scratch() / f"base-{os.getpid()}", who)
     stack.callback(unpacked.remove, work, who)
+    if base.key:
+        # Where those in the sandbox can read it.
+        base = replace(base, key=f"/tmp/{_copied(Path(base.key), work).name}")
     tar = stack.enter_context((log.parent / f"{log.name}.tar").open("w+b"))
     (log.parent / f"{log.name}.tar").unlink()
     command = _pacman(base, architecture) if base.kind == "arch" else _mmdebstrap(base, architecture)
@@ -62,14 +66,32 @@ def fetch(base: Base, architecture: str, epoch: int, who: Ids, log: Path, stack:
         return sandbox.execute(["sh", "-euc", command], env=env)
 
     with steps.step(f"{base.kind} {base.value}".strip()) as step:
-        logged(build, log, who, network=True, what=f"building the base {base.kind} {base.value}".strip())
+        try:
+            logged(build, log, who, network=True, what=f"building the base {base.kind} {base.value}".strip())
+        except UserError as error:
+            if "NO_PUBKEY" in log.read_text(errors="replace"):
+                package = {"ubuntu": "ubuntu-keyring", "debian": "debian-archive-keyring"}.get(base.kind, "")
+                error.hint = f'name the archive\'s keyring: key = "FILE" below [base] (from its package {package})'
+            raise
         tar.seek(0)
         entries, _ = read_plain_tar(tar, Path(f"{base.kind} {base.value}"), stack)
         kept = [each for each in entries if each.path not in _OF_THE_HOST]
-        found = arrange((replace(each, mtime=min(each.mtime, epoch)) for each in kept), base.kind)
+        clamped = (replace(each, mtime=min(each.mtime, epoch)) for each in timeless(kept, epoch))
+        found = arrange(clamped, base.kind)
         packages = _apt_packages(work / "packages") if base.kind != "arch" else {}
         step.detail = f"{len(packages)} packages, {len(found)} entries" if packages else f"{len(found)} entries"
     return Fetched(found, packages)
+
+
+def _copied(key: Path, work: Path) -> Path:
+    """The keyring for those in the sandbox. Raises UserError if it can't be read."""
+    target = work / f"key{key.suffix}"
+    try:
+        target.write_bytes(key.read_bytes())
+    except OSError as error:
+        raise UserError(f"the keyring {key}: {error.strerror}", "`key` is a file, from the recipe on") from None
+    target.chmod(0o644)
+    return target
 
 
 def _package_cache(base: Base) -> dict[str, str]:
@@ -90,8 +112,10 @@ def _mmdebstrap(base: Base, architecture: str) -> str:
     if (name := DEBIAN_ARCHITECTURES.get(architecture)) is None:
         raise UserError(f"{base.kind} has no packages for {architecture}")
     words += [f"--architectures={name}", f"--components={','.join(base.components)}"]
-    if base.packages:
-        words.append(f"--include={','.join(base.packages)}")
+    # In Ubuntu's least set there is no apt, without which no step could install anything.
+    packages = (*base.packages, *(["apt"] if base.kind == "ubuntu" else []))
+    if packages:
+        words.append(f"--include={','.join(packages)}")
     if base.key:
         words.append(f"--keyring={base.key}")
     # Once everything is installed and the lists are still there: what each package's archive was.

@@ -19,6 +19,7 @@ from hostos.image.buildcache import Package, Packages
 from hostos.image.entries import Entry, arrange
 from hostos.image.layers import read_layer
 from hostos.image.overlay import Tree
+from hostos.image.pacman_database import timeless
 from hostos.image.recipe import Recipe, Step
 from hostos.image.sandbox import Ids
 from hostos.image.sources import read_directory
@@ -252,7 +253,7 @@ def _changed(
     entries = unpacked.read_upper(here / "upper", who, stack)
     kept = [
         replace(entry, mtime=min(entry.mtime, place.epoch))
-        for entry in entries
+        for entry in timeless(entries, place.epoch)
         if entry.path not in made and not _forgotten(entry)
     ]
     if all(entry.path == b"" for entry in kept):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hostos.errors import UserError
-from hostos.image import base, build_step, oci, recipe_lock, sandbox
+from hostos.image import base, build_step, containerfile, oci, recipe_lock, sandbox
 from hostos.image import recipe as recipes
 from hostos.image.bill import bill_of
 from hostos.image.build_step import Place
@@ -153,8 +153,15 @@ class _Build:
         if found.kind == "scratch":
             return
         if found.kind in ("oci", "containerfile"):
-            source = oci.built(found.value, self.steps, stack) if found.kind == "containerfile" else Path(found.value)
+            source = Path(found.value)
+            if found.kind == "containerfile":
+                source = containerfile.build(
+                    source, self.now.epoch, place.who, place.log, stack, self.steps, fresh=self.options.fresh
+                )
             image = oci.read(source, found.tag, stack, self.steps)
+            if self.recipe.architecture not in (None, image.architecture):
+                where = f"{self.recipe.file} is for {self.recipe.architecture}"
+                raise UserError(f"{where}, its base {found.value} for {image.architecture}", "take one that fits")
             for number, (text, entries) in enumerate(image.layers(stack)):
                 with self.storing() as temporary:
                     self._add(self._keep(self._packed(entries, temporary / f"{number}", arch)), text or what)
@@ -323,7 +330,7 @@ _NOBODY = sandbox.Ids(((0, 0, 0),), ((0, 0, 0),))
 
 
 def _needs_sandbox(recipe: Recipe) -> bool:
-    fetched = recipe.base is not None and recipe.base.kind in ("debian", "ubuntu", "arch")
+    fetched = recipe.base is not None and recipe.base.kind in ("debian", "ubuntu", "arch", "containerfile")
     return fetched or any(step.kind in ("run", "packages") for step in recipe.steps)
 
 

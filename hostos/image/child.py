@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hostos.errors import UserError, failure
-from hostos.image import overlay
+from hostos.image import acls, overlay
 from hostos.image.entries import Entry, arrange
 from hostos.image.layers import check_plain, layers_shared, read_image, read_layer, torrents
 from hostos.image.pack import LEVEL, Packed, architecture_of, kind_of, pack_entries
@@ -40,10 +40,12 @@ def publish_child(
     check_name(name)
     with ExitStack() as stack:
         if only_changes:
-            entries = arrange(overlay.from_upper(_read(source, stack, steps)), str(source))
+            changes = arrange(overlay.from_upper(_read(source, stack, steps)), str(source))
+            entries = acls.absorbed(changes, str(source))
         else:
             below = read_image(store, parent, stack, steps)
-            whole = overlay.merge([arrange(_read(source, stack, steps), str(source))])
+            given = acls.absorbed(arrange(_read(source, stack, steps), str(source)), str(source))
+            whole = overlay.merge([given])
             with steps.step("compare") as step:
                 entries = overlay.difference(below, whole)
                 step.detail = f"{len(entries)} of {len(whole)} entries differ"

@@ -18,7 +18,9 @@ MAX_FILE = 1 << 42
 MAX_MAJOR, MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1
 
 XATTR_PREFIXES = (b"user.", b"trusted.", b"security.")
-"""The kinds of extended attribute squashfs can hold (ACLs, `system.posix_acl_*`, are not among them)."""
+"""The kinds of extended attribute squashfs can hold."""
+ACL_XATTRS = (b"system.posix_acl_access", b"system.posix_acl_default")
+"""What entries have besides; layers hold them in another way (hostos.image.acls)."""
 
 Segments = tuple[tuple[int, int], ...]
 
@@ -62,6 +64,11 @@ class Entry:
             return b""
         with self.open() as file:
             return file.read(limit)
+
+
+def is_kept(key: bytes) -> bool:
+    """Whether a layer can hold the extended attribute."""
+    return key.startswith(XATTR_PREFIXES) or key in ACL_XATTRS
 
 
 def printable(path: bytes) -> str:

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import IO, BinaryIO, cast
 
 from hostos.errors import UserError, failure
+from hostos.image import acls
 from hostos.image.entries import Entry, arrange
 from hostos.image.overlay import Tree, merge
 from hostos.image.sources import read_plain_tar
 from hostos.image.store import Store, StoredImage
 from hostos.live.torrents import Torrent, parse_layer_torrent
 from hostos.steps import Steps
+
+_CHUNK = 1 << 20
 
 
 def torrents(store: Store, image: StoredImage) -> list[tuple[Torrent, Path]]:
@@ -39,20 +42,31 @@ def check_plain(image: StoredImage) -> None:
 def read_layer(path: Path, stack: ExitStack) -> list[Entry]:
     """All entries of a layer, its root's own included, arranged; contents can be read while `stack` is open.
 
-    Holes of sparse files are read as zeros. Raises UserError for a file that can't be unpacked.
+    Holes of sparse files are read as zeros, which take no space here. Raises UserError for a file that can't be
+    unpacked.
     """
     directory = os.environ.get("TMPDIR", "/var/tmp")
     spool = cast(BinaryIO, tempfile.TemporaryFile(dir=directory))  # noqa: SIM115
     stack.enter_context(spool)
     with as_tar(path) as source:
         try:
-            shutil.copyfileobj(source, spool, 1 << 20)
+            _copy(source, spool)
         except OSError as error:
             hint = "set TMPDIR to a directory with more space"
             raise failure(f"unpacking {path.name}: {error.strerror}", hint) from None
     spool.seek(0)
     entries, _ = read_plain_tar(spool, path, stack)
-    return arrange(entries, str(path))
+    return acls.absorbed(arrange(entries, str(path)), str(path))
+
+
+def _copy(source: IO[bytes], spool: BinaryIO) -> None:
+    """All of it, zeros as holes: a layer of a few bytes may have files of terabytes that are nothing else."""
+    while data := source.read(_CHUNK):
+        if data.count(0) == len(data):
+            spool.seek(len(data), os.SEEK_CUR)
+        else:
+            spool.write(data)
+    spool.truncate()
 
 
 def read_image(store: Store, image: StoredImage, stack: ExitStack, steps: Steps, *, up_to: int | None = None) -> Tree:

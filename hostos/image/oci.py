@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
-from hostos.errors import UserError, failure
+from hostos.errors import UserError
 from hostos.image import overlay
 from hostos.image.entries import Entry, printable
 from hostos.image.overlay import Tree
@@ -157,28 +156,6 @@ def boot_of(config: dict[str, Any], steps: Steps) -> BootConfig:
         )
     except UserError as error:
         raise UserError(f"its configuration: {error.message.replace('image manifest: ', '')}") from None
-
-
-def built(containerfile: str, steps: Steps, stack: ExitStack) -> Path:
-    """What buildah makes of a Containerfile, as a layout. Raises UserError if buildah is not installed or fails."""
-    if not shutil.which("buildah"):
-        raise UserError("buildah is needed to build a Containerfile", "sudo apt-get install buildah")
-    file = Path(containerfile)
-    if not file.is_file():
-        raise UserError(f"there is no {file}", "name the Containerfile itself, its directory is the context")
-    place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    image = f"localhost/hostos-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}"
-    commands = [
-        ["buildah", "build", "--layers", "--tag", image, "--file", str(file), str(file.parent)],
-        ["buildah", "push", image, f"oci:{place}/layout:latest"],
-    ]
-    for command in commands:
-        with steps.step(" ".join(command[:2])):
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = "\n".join(f"  | {line}" for line in (done.stdout + done.stderr).splitlines()[-12:])
-                raise failure(f"{' '.join(command[:2])} {file} failed with status {done.returncode}:\n{said}")
-    return place / "layout"
 
 
 # --- where blobs are --------------------------------------------------------------------------------

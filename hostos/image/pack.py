@@ -23,11 +23,12 @@ from typing import IO
 
 from hostos.errors import UserError, failure
 from hostos.hostsystem import install
-from hostos.image import squashfs
+from hostos.image import acls, squashfs
 from hostos.image.architecture import ARCHITECTURES, HEADER, elf_machine, likely_programs
 from hostos.image.entries import Entry, arrange
 from hostos.image.order import boot_rank
 from hostos.image.sources import read_directory, read_tar
+from hostos.live.acl import FILE as LIST_OF_ACLS
 from hostos.steps import Step, Steps
 
 BLOCK_SIZE = 128 * 1024
@@ -92,6 +93,7 @@ def pack_entries(
     level: int = LEVEL,
 ) -> Packed:
     """Pack a tree (as `arrange` gives it) into the new file `target`; `level`: zstd's. See `pack`."""
+    entries = acls.listed(acls.absorbed(entries, "the tree"))
     unpacked = sum(length for entry in entries if entry.is_file for _, length in entry.segments)
     with steps.step("pack") as step:
         _feed(entries, target, unpacked, step, order or {}, level)
@@ -211,6 +213,8 @@ def _place(entry: Entry, order: Mapping[bytes, int]) -> tuple[int, int, list[byt
         return (0, 0, parts)
     if entry.link is not None:
         return (2, 0, parts)
+    if entry.path == LIST_OF_ACLS:
+        return (1, -1, parts)  # what mounting the layer reads
     if entry.path in order:
         return (1, order[entry.path], parts)
     return (1, len(order) + (boot_rank(entry.path) if entry.is_file else 0), parts)

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from hostos.errors import UserError, failure
-from hostos.image.entries import XATTR_PREFIXES, Entry, Segments, clean_path, printable
+from hostos.image import acls
+from hostos.image.entries import Entry, Segments, clean_path, is_kept, printable
 from hostos.steps import Step, Steps
 
 SPOOL_LIMIT = 1 << 40
@@ -125,7 +126,7 @@ class _Walk:
         try:
             for name in sorted(os.listxattr(full, follow_symlinks=False)):
                 key = os.fsencode(name)
-                if key.startswith(XATTR_PREFIXES):
+                if is_kept(key):
                     found.append((key, os.getxattr(full, name, follow_symlinks=False)))
                 else:
                     self.skipped[f"{name} attributes"] += 1
@@ -199,7 +200,7 @@ def read_plain_tar(plain: BinaryIO, path: Path, stack: ExitStack) -> tuple[list[
     try:
         archive = tarfile.open(fileobj=plain, mode="r:", encoding="utf-8", errors="surrogateescape")
         stack.enter_context(archive)
-        entries = list(_tar_entries(archive, plain, path, skipped))
+        entries = acls.from_archive(_tar_entries(archive, plain, path, skipped), str(path))
         _check_end(archive, plain, path)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a usable tar archive: {error}") from None
@@ -293,12 +294,15 @@ def _pax_xattrs(info: tarfile.TarInfo, skipped: Counter[str]) -> tuple[tuple[byt
                 continue  # bsdtar writes both spellings
         elif key == "RHT.security.selinux":
             name, data = b"security.selinux", _bytes(value)
+        elif _bytes(key) in acls.STAR:
+            found[_bytes(key)] = _bytes(value)
+            continue
         elif key.startswith("SCHILY.acl."):
-            skipped["ACLs"] += 1
+            skipped["ACLs of NFSv4"] += 1
             continue
         else:
             continue
-        if name.startswith(XATTR_PREFIXES):
+        if is_kept(name):
             found[name] = data
         else:
             skipped[f"{name.decode(errors='replace')} attributes"] += 1

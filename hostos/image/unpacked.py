@@ -20,7 +20,7 @@ from typing import BinaryIO, cast
 
 from hostos.errors import failure
 from hostos.image import overlay, sandbox
-from hostos.image.entries import Entry, arrange
+from hostos.image.entries import ACL_XATTRS, Entry, arrange
 from hostos.image.layers import read_layer
 from hostos.image.pack import write_tar
 from hostos.image.sandbox import Ids
@@ -148,6 +148,10 @@ def _dress(entry: Entry, path: bytes) -> None:
     if not stat.S_ISLNK(entry.mode):
         os.chmod(path, stat.S_IMODE(entry.mode))
     for key, value in entry.xattrs:
+        if key in ACL_XATTRS:
+            # Without it, a step would see another tree than the one who boots the image.
+            os.setxattr(path, key, value, follow_symlinks=False)
+            continue
         if key.startswith(overlay.PREFIX):
             key = overlay.UNPRIVILEGED_PREFIX + key[len(overlay.PREFIX) :]
         # trusted.* and most of security.* can't be set in here.

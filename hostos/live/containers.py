@@ -225,10 +225,11 @@ class Containers:
                 container.root = await in_thread(
                     mount_root,
                     container.stack,
-                    [layer.path for layer in container.layers],
+                    [path for layer in container.layers for path in layer.paths],
                     container.place,
                     base=container.base,
                     upper_size=options.upper_size,
+                    metacopy=any(layer.acls for layer in container.layers),
                     kept=kept.path if kept else None,
                     shifted=[layer.path for layer in container.layers if isinstance(layer.torrent, IpfsTree)],
                 )

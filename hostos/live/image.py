@@ -33,6 +33,7 @@ from hostos.live.torrents import (
     MAX_IMAGE_SIZE,
     OPTIONAL_FILES,
     ImageBundle,
+    check_hash,
     layer_path,
     magnet,
     parse_web_seed,
@@ -92,6 +93,7 @@ class Images:
         """
         if looks_like_cid(image):
             return await load_ipfs(self._blocks, image, peers, deadline)
+        check_hash(image)
         if bundle is not None:
             given = verify_bundle(bundle, image=image)
             await trio.to_thread.run_sync(self._keep, given)
@@ -115,7 +117,7 @@ class Images:
         self, index: indexes.Index, peers: tuple[str, ...], web: list[Url], deadline: float
     ) -> ImageBundle:
         """The image of `index` for this machine."""
-        image = index.choose(self._machine)
+        image = check_hash(index.choose(self._machine))
         kept: ImageBundle | None = await trio.to_thread.run_sync(self._kept, image)
         if kept:
             return kept

@@ -2,7 +2,7 @@
 
     layer's blocks ─► FUSE file ─► loop device ─► squashfs ─┐
                                    (shared by all containers)├─► id-mapped ─┐
-                                                             ┘              ├─► overlay = root
+                                 its ACLs, if any (acl_layer)┘              ├─► overlay = root
                                               tmpfs of a given size (upper) ┘
 
 Everything is undone in reverse order, on success and on failure. The system calls run in threads:
@@ -26,7 +26,7 @@ from typing import Any
 import trio
 
 from hostos.errors import UserError, failure
-from hostos.live import dmcrypt, syscalls
+from hostos.live import acl, acl_layer, dmcrypt, syscalls
 from hostos.live.blocks import Blocks
 from hostos.live.container import Bind
 from hostos.live.fuse import Files
@@ -52,7 +52,8 @@ AnyLayer = Torrent | IpfsLayer | IpfsTree
 
 @dataclass
 class MountedLayer:
-    """A layer in use. `path`: its tree; `users`: how many containers have it."""
+    """A layer in use. `path`: its tree; `acls`: what in it has ACLs, if anything; `users`: how many containers
+    have it."""
 
     torrent: AnyLayer
     source: TorrentSource | IpfsSource | Tree
@@ -62,6 +63,12 @@ class MountedLayer:
     """Fingerprint of the key it was decrypted with, if it was."""
     plans: list[deque[int]] = field(default_factory=list)
     """What is still to be fetched ahead, by user."""
+    acls: Path | None = None
+
+    @property
+    def paths(self) -> list[Path]:
+        """What to lay over each other, lowest first."""
+        return [self.path, *([self.acls] if self.acls else [])]
 
     def drop(self, plan: deque[int]) -> None:
         """Whoever wanted this has gone."""
@@ -147,6 +154,8 @@ class Layers:
                 if layer.users:
                     return
                 del self._mounted[layer.torrent.info_hash]
+                if layer.acls:
+                    await trio.to_thread.run_sync(_unmount, layer.acls)
                 if not isinstance(layer.source, Tree):
                     await trio.to_thread.run_sync(_unmount, layer.path)
                 self._files.remove(layer.torrent.info_hash)
@@ -201,10 +210,13 @@ class Layers:
             self._files.add_tree(torrent.info_hash, source)
             return MountedLayer(torrent, source, self._fuse / torrent.info_hash, plans=[plan])
         self._files.add(torrent.info_hash, source)
+        acls = path.with_name(f"{path.name}.acls")
         try:
             await trio.to_thread.run_sync(_mount_squashfs, self._fuse / torrent.info_hash, path, exact, key)
+            has_acls = await trio.to_thread.run_sync(acl_layer.mount, path, acls)
         except BaseException as error:
             with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(_unmount, acls)
                 await trio.to_thread.run_sync(_unmount, path)
                 self._files.remove(torrent.info_hash)
                 stats = source.stats()
@@ -212,7 +224,7 @@ class Layers:
             if isinstance(error, OSError):
                 raise _why(torrent, stats.last_error, error, encrypted=key is not None) from None
             raise
-        return MountedLayer(torrent, source, path, key=_fingerprint(key), plans=[plan])
+        return MountedLayer(torrent, source, path, key=_fingerprint(key), plans=[plan], acls=acls if has_acls else None)
 
 
 _WRONG_KEY = "the key is not this image's"
@@ -265,6 +277,7 @@ def mount_root(
     *,
     base: int | None,
     upper_size: str,
+    metacopy: bool = False,
     shifted: Collection[Path] = (),
     kept: Path | None = None,
 ) -> Path:
@@ -273,8 +286,8 @@ def mount_root(
     `kept`: a directory instead of the tmpfs, with what an earlier container of this `base` left there.
     `shifted`: the layers whose owners are the container's already. `base`: first user of the container's
     range (None: the container's users are the machine's).
-    `upper_size`: size of the tmpfs as mount(8) takes it, e.g. `256m` or `50%`. What must be undone
-    goes onto `stack`. Raises OSError.
+    `upper_size`: size of the tmpfs as mount(8) takes it, e.g. `256m` or `50%`. `metacopy`: some layers hold
+    only metadata of what is below them (`acl_layer`). What must be undone goes onto `stack`. Raises OSError.
     """
     place.mkdir(parents=True, exist_ok=True)
     stack.callback(_remove, place)
@@ -304,11 +317,7 @@ def mount_root(
         changes, work = upper / "changes", upper / "work"
         work.mkdir(exist_ok=True)
         if not changes.exists():
-            # The root directory's own owner and mode come from the upper one.
-            top = lowers[-1].stat()
-            changes.mkdir()
-            os.chown(changes, top.st_uid, top.st_gid)
-            changes.chmod(stat.S_IMODE(top.st_mode))
+            _make_root_directory(changes, lowers[-1])
         # By descriptor: mount(2) takes a page of options, which 64 paths would not fit into.
         opened = []
         for lower in reversed(lowers):
@@ -321,6 +330,7 @@ def mount_root(
                 f"workdir={work}",
                 # Lets directories of a layer be renamed (dpkg does).
                 "redirect_dir=on",
+                *(["metacopy=on"] if metacopy else []),
                 # What goes with the container needs not be synced.
                 *(["volatile"] if kept is None else []),
             )
@@ -328,6 +338,17 @@ def mount_root(
         syscalls.mount("hostos-root", root, "overlay", syscalls.MS_NODEV, options)
         stack.callback(_unmount_only, root)
     return root
+
+
+def _make_root_directory(path: Path, below: Path) -> None:
+    """The upper directory, from which the root directory's own owner, mode, times and attributes come."""
+    top = below.stat()
+    path.mkdir()
+    os.chown(path, top.st_uid, top.st_gid)
+    path.chmod(stat.S_IMODE(top.st_mode))
+    for name, value in acl_layer.attributes(below).items():
+        os.setxattr(path, name, acl.of_known(value) if name.encode() in (acl.ACCESS, acl.DEFAULT) else value)
+    os.utime(path, ns=(top.st_atime_ns, top.st_mtime_ns))
 
 
 def check_binds(binds: tuple[Bind, ...], base: int | None) -> tuple[Bind, ...]:

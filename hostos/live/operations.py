@@ -262,13 +262,14 @@ class Operations:
         """What prints a container's changes as a tar stream (see hostos.live.upper)."""
         container = self.containers.get(request.text("name"))
         request.done()
-        if container.only_mounted:
+        if container.only_mounted and not container.is_system:
             raise UserError(f"{container.options.name!r} is only mounted: nothing runs in it")
         # By its file, isolated: whoever runs it need not find this package, and it needs nothing of it.
-        argv = [sys.executable, "-I", str(upper.__file__), str(container.changes), str(container.base or 0)]
+        argv = [sys.executable, "-I", str(upper.__file__), str(container.changes), str(container.root)]
+        argv.append(str(container.base or 0))
         if container.supervisor:
             argv.append(str(await self.containers.leader(container)))
-        return {"image": container.bundle.image, "argv": argv}
+        return {"image": container.bundle.image, "argv": argv, "system": container.is_system}
 
     async def logs(self, request: Request, connection: Connection) -> dict[str, Any]:
         name, follow = request.text("name"), request.flag("follow")

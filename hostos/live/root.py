@@ -30,6 +30,7 @@ from hostos.live.inside import Inside
 from hostos.live.kept import DISK, Store
 from hostos.live.mounts import in_thread
 from hostos.live.operations import Operations
+from hostos.live.running import Container
 from hostos.live.schedule import REST_OFF, Rest
 from hostos.live.torrents import parse_image_reference, parse_peer
 from hostos.live.url import parse_gateway
@@ -43,6 +44,8 @@ READ_DEADLINE = 900.0
 its peers are away. The next read tries again, of course."""
 RETRY = 5.0
 RUN = Path("/run/hostos")
+HANDED_OVER = Path("/proc/1/root")
+"""Where the root is found from here on: it is mounted over this system, below which nothing can be seen."""
 READ_LATER = 30.0
 """Seconds after the start at which what it takes to power off is fetched, so that it works without peers, too."""
 TO_POWER_OFF = (
@@ -124,21 +127,22 @@ class Root:
         """Try until it is mounted, then hand it over. Who waits is told why it takes so long."""
         while True:
             try:
-                place = await self._try(operations)
+                container = await self._try(operations)
                 break
             except (UserError, OSError) as error:
                 say(_failed(error))
             await trio.sleep(RETRY)
         # Opened while its path still leads there.
-        root = Inside(place)
+        root = Inside(container.root)
         init = root.program(*root_files.INITS)
         say(f"mounted after {time.monotonic() - self.began:.1f} s, starting /{init}")
         (RUN / "root.mounted").touch()
-        await in_thread(_hand_over, RUN / "root.fifo", f"/{init} {place}\n")
+        await in_thread(_hand_over, RUN / "root.fifo", f"/{init} {container.root}\n")
+        container.root, container.is_system = HANDED_OVER, True
         await trio.sleep(READ_LATER)
         await in_thread(_read_all, root)
 
-    async def _try(self, operations: Operations) -> Path:
+    async def _try(self, operations: Operations) -> Container:
         """Raises UserError, OSError."""
         wanted = self.wanted
         if wanted.persist:
@@ -178,7 +182,7 @@ class Root:
             with trio.CancelScope(shield=True):
                 await container.ended.wait()
             raise
-        return container.root
+        return container
 
     async def _network(self) -> None:
         """Wait for an address. Raises UserError."""

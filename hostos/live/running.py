@@ -85,6 +85,8 @@ class Container:
     offered: str = ""
     """The image whose metadata others may have from this machine because of it."""
     only_mounted: bool = False
+    is_system: bool = False
+    """Whether it is the machine's own root (`hostos.live.root`)."""
     fifo: int = -1
 
     # --- its files --------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def parse_image_reference(text: str) -> Reference:
     """
     text = text.strip()
     if _HASH.fullmatch(text):
-        return Reference(text.lower())
+        return Reference(check_hash(text.lower()))
     if not text.lower().startswith("magnet:"):
         raise _bad_reference(text)
     try:
@@ -268,7 +268,14 @@ def parse_image_reference(text: str) -> Reference:
         )
     peers = tuple(dict.fromkeys(parse_peer(value) for key, value in query if key == "x.pe"))
     web_seeds = tuple(dict.fromkeys(str(parse_web_seed(value)) for key, value in query if key == "ws"))
-    return Reference(hashes.pop(), peers, web_seeds)
+    return Reference(check_hash(hashes.pop()), peers, web_seeds)
+
+
+def check_hash(image: str) -> str:
+    """`image` (64 hex digits) itself. Raises UserError for zeros alone: to libtorrent they mean that there is none."""
+    if not image.strip("0"):
+        raise UserError("a hash of nothing but zeros is no image's", "copy all of what `hostos image publish` printed")
+    return image
 
 
 def parse_web_seed(text: str) -> Url:

@@ -1,6 +1,6 @@
-"""What a container has changed, as a tar stream: `python3 -I upper.py CHANGES BASE [PID]`.
+"""What a container has changed, as a tar stream: `python3 -I upper.py CHANGES ROOT BASE [PID]`.
 
-CHANGES is the upper directory of its root's overlay, BASE the first user of its range (0: none); with
+CHANGES is the upper directory of its root's overlay, ROOT that root, BASE the first user of its range (0: none); with
 PID, its processes stand still meanwhile (cgroup v2's freezer). The stream is PAX (POSIX.1-2001) with
 attributes as SCHILY.xattr, whiteouts as devices 0:0, owners as the container sees them.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 IDS = 65536
+NOBODY = 65534
 FREEZE_LIMIT = 10.0
 """Seconds until its processes must stand still; otherwise it is captured as it runs."""
 
@@ -27,7 +28,15 @@ _CAPABILITY = "security.capability"
 _V3, _V2 = 0x03000000, 0x02000000
 
 
-def send(changes: Path, base: int, out: BinaryIO) -> None:
+# Of what only the metadata was copied to the upper directory: the contents are in a layer below (overlayfs, metacopy).
+_METACOPY = "trusted.overlay.metacopy"
+_ACLS = ("system.posix_acl_access", "system.posix_acl_default")
+# linux/posix_acl_xattr.h: version; tag, permissions, id. Of the tags, those that name somebody.
+_ACL_HEAD, _ACL_ENTRY, _NAMED = struct.Struct("<I"), struct.Struct("<HHI"), (2, 8)
+_RESERVED = ".hostos-acls"
+
+
+def send(changes: Path, root: Path, base: int, out: BinaryIO) -> None:
     """Write the stream. Raises OSError."""
     names: dict[tuple[int, int], str] = {}
     with tarfile.open(
@@ -50,7 +59,8 @@ def send(changes: Path, base: int, out: BinaryIO) -> None:
             info.pax_headers = _attributes(path, base)
             if stat.S_ISREG(mode):
                 info.size = status.st_size
-                with path.open("rb") as file:
+                whole = root / relative if _METACOPY in os.listxattr(path) else path
+                with whole.open("rb") as file:
                     archive.addfile(info, _Exactly(file))  # type: ignore[arg-type]
                 continue
             info.type = _KINDS[stat.S_IFMT(mode)]
@@ -87,13 +97,16 @@ def _walk(root: Path) -> Iterator[tuple[Path, str]]:
         path, relative = pending.pop()
         yield path, relative
         if path.is_dir() and not path.is_symlink():
-            names = sorted((each.name for each in path.iterdir()), reverse=True)
+            # What a layer calls its list of ACLs is no name for anything else.
+            names = sorted((each.name for each in path.iterdir() if each.name != _RESERVED or relative), reverse=True)
             pending += [(path / name, f"{relative}/{name}" if relative else name) for name in names]
 
 
 def _inside(number: int, base: int) -> int:
     """As the container sees a user; one outside its range is nobody there."""
-    return number - base if base <= number < base + IDS else 65534
+    if not base:
+        return number  # its users are the machine's
+    return number - base if base <= number < base + IDS else NOBODY
 
 
 def _attributes(path: Path, base: int) -> dict[str, str]:
@@ -102,7 +115,9 @@ def _attributes(path: Path, base: int) -> dict[str, str]:
         value = os.getxattr(path, name, follow_symlinks=False)
         if name == _CAPABILITY:
             value = capability(value, base)
-        if name.startswith(("user.", "trusted.", "security.")):
+        if name in _ACLS:
+            value = acl(value, base)
+        if name in _ACLS or name.startswith(("user.", "trusted.", "security.")):
             found[f"SCHILY.xattr.{name}"] = value.decode("utf-8", "surrogateescape")
     return found
 
@@ -115,6 +130,14 @@ def capability(value: bytes, base: int) -> bytes:
     if root != base:
         return value
     return struct.pack("<I", magic & 0x00FFFFFF | _V2) + value[4:20]
+
+
+def acl(value: bytes, base: int) -> bytes:
+    """An ACL as the container sees it."""
+    entries = list(_ACL_ENTRY.iter_unpack(value[_ACL_HEAD.size :]))
+    return value[: _ACL_HEAD.size] + b"".join(
+        _ACL_ENTRY.pack(tag, bits, _inside(number, base) if tag in _NAMED else number) for tag, bits, number in entries
+    )
 
 
 @contextmanager
@@ -147,9 +170,9 @@ def _freezer(pid: int) -> Path | None:
 
 
 def main(arguments: list[str]) -> int:
-    changes, base, *pid = arguments
+    changes, root, base, *pid = arguments
     with frozen(int(pid[0]) if pid else None):
-        send(Path(changes), int(base), sys.stdout.buffer)
+        send(Path(changes), Path(root), int(base), sys.stdout.buffer)
     return 0
 
 

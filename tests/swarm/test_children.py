@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from hostos.image.entries import arrange
 from hostos.image.publish import publish
 from hostos.image.sources import read_directory
 from hostos.image.store import Store, StoredImage
+from hostos.live.acl import ACCESS, GROUP_OBJ, MASK, OTHER, USER, USER_OBJ, checked, encode
 from hostos.live.manifest import MAX_LAYERS
 from hostos.steps import Steps
 from swarm.conftest import Daemon, Published, run
@@ -64,8 +66,12 @@ def test_booting_a_child_fetches_only_what_is_its_own(
 def test_as_many_layers_as_an_image_can_have(daemon: Daemon, parent: tuple[StoredImage, str], tmp_path: Path) -> None:
     image, seed = parent
     store = Store()
+    # Each with an ACL, so that the overlay has twice as many layers.
+    acl = encode(checked([(USER_OBJ, 6, 0), (USER, 4, 33), (GROUP_OBJ, 4, 0), (MASK, 4, 0), (OTHER, 0, 0)]))
     for number in range(1, MAX_LAYERS):
-        entries = arrange(read_directory(upper(tmp_path / f"{number}", f"n{number}", b"x"), Steps()), "upper")
+        tree = upper(tmp_path / f"{number}", f"n{number}", b"x")
+        os.setxattr(tree / f"var/n{number}", os.fsdecode(ACCESS), acl)
+        entries = arrange(read_directory(tree, Steps()), "upper")
         top = child.add_layer(
             store, image, entries, "swarm/deep", Steps(), boot=image.manifest.boot, made_by=f"step {number}"
         )
@@ -76,7 +82,8 @@ def test_as_many_layers_as_an_image_can_have(daemon: Daemon, parent: tuple[Store
     assert len(image.manifest.layers) == MAX_LAYERS
     with daemon.client() as client:
         # A name as long as can be: mount(2) takes only a page of options.
-        ran = run(client, image.hash, seed, "sh", "-c", "ls /var", name="d" * 40, deadline=120.0)
+        ran = run(client, image.hash, seed, "sh", "-c", "ls -ln /var", name="d" * 40, deadline=120.0)
     assert ran.status == 0, ran.stderr
-    names = set(ran.stdout.decode().split())
-    assert {f"n{number}" for number in range(1, MAX_LAYERS)} | {"data0"} <= names
+    modes = {line.split()[-1]: line.split()[0] for line in ran.stdout.decode().splitlines()[1:]}
+    assert {f"n{number}" for number in range(1, MAX_LAYERS)} | {"data0"} <= modes.keys()
+    assert {modes[f"n{number}"] for number in range(1, MAX_LAYERS)} == {"-rw-r-----+"}

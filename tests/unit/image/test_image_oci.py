@@ -22,6 +22,7 @@ from hostos.image import sources
 from hostos.image.importing import import_oci
 from hostos.image.layers import read_image
 from hostos.image.store import Store, StoredImage
+from hostos.live.acl import ACCESS, DEFAULT, USER, decode
 from hostos.steps import Steps
 
 from_here = pytest.mark.skipif(not shutil.which("tar2sqfs"), reason="needs tar2sqfs and sqfs2tar (squashfs-tools-ng)")
@@ -208,6 +209,24 @@ def test_decompression_bombs(home: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="times its size"):
         take(Layout(tmp_path / "oci").image((layer(file("zeros", bytes(4 << 20))),), CONFIG).root)
     assert Store().images() == []
+
+
+def test_acls_of_layers_are_kept(home: Path, tmp_path: Path) -> None:
+    text = "user::rwx\nuser:lisa:r-x:502\ngroup::r-x\nmask::r-x\nother::---"
+    first = layer("bin", file("bin/prog", ELF), ("etc", None, {"type": tarfile.DIRTYPE, "pax_headers": {
+        "SCHILY.acl.access": text, "SCHILY.acl.default": text,
+    }}))  # fmt: skip
+    second = layer(file("etc/more"))
+    image = take(Layout(tmp_path / "oci").image((first, second), CONFIG).root)
+    with ExitStack() as stack:
+        tree = read_image(Store(), image, stack, Steps())
+        etc = tree.root.find(b"etc")
+        assert etc
+        found = {name: decode(value) for name, value in etc.entry.xattrs}
+        assert found.keys() == {ACCESS, DEFAULT}
+        assert (USER, 5, 502) in found[ACCESS]
+        assert tree.root.find(b".hostos-acls") is None
+        assert tree.root.find(b"etc/more")
 
 
 @pytest.mark.parametrize(
