@@ -11,8 +11,9 @@ from typing import Protocol
 import aiohttp
 
 from hostos.mirror.catalogue import Known
-from hostos.mirror.download import Download, Sources
+from hostos.mirror.download import Download
 from hostos.mirror.errors import UnreachableError
+from hostos.mirror.gathering import Sources
 from hostos.mirror.ledger import Ledger
 from hostos.mirror.peers import Peers
 from hostos.mirror.rate import Rate
@@ -98,7 +99,7 @@ class Contents:
         await asyncio.shield(download.task)
         if download.error:
             raise download.error
-        return download.partial
+        return download.path
 
     async def _run(self, download: Download) -> None:
         try:
