@@ -38,7 +38,7 @@ def mirror() -> None:
     "--dht",
     multiple=True,
     metavar="HOST:PORT",
-    help="Join a DHT by this node, to find peers and be found. Experimental.",
+    help="Join a DHT by this node, to find peers, and be found if --share is given.",
 )
 @click.option("--cluster-key", metavar="FILE", help="A key that members share; nobody else gets anything.")
 @click.option("--size", metavar="SIZE", help="What the cache may hold, e.g. 50G.  [default: 20G]")
@@ -161,6 +161,8 @@ def status(as_json: bool) -> None:
     limit = f" of {_bytes(info['limit'])}" if info["limit"] else ""
     click.echo(f"holds    {info['files']} files, {_bytes(info['size'])}{limit}, in {info['store']}")
     click.echo(f"knows    {info['known_files']} signed files; {info['arriving']} on their way")
+    if dht := info["dht"]:
+        click.echo(f"dht      joined by {', '.join(dht['nodes'])}; {dht['announced']} files announced")
     for line in info["archives"]:
         click.echo(line)
     for peer in info["peers"]:

@@ -193,6 +193,10 @@ async def arriving(answer: FileAnswer, download: Download, sent: Sent) -> web.St
                 while start < end:
                     if available <= start:
                         available = await download.wait(start, generation)
+                    if generation != download.generation:
+                        generation = download.generation
+                        os.close(descriptor)
+                        descriptor = os.open(download.path, os.O_RDONLY | os.O_CLOEXEC)
                     until = min(end, available)
                     await _send(response, descriptor, start, until, sent, fresh=True)
                     start = until

@@ -9,7 +9,8 @@ client nothing. A larger one is sent on while it comes; if it proves bad, its co
 client's next request gets it from its first byte (the answer that was cut had no ETag to go on from).
 
 After a wrong hash the bad file is kept aside and fetched again, from one source alone; when that is
-right, comparing the two tells which peer lied, and only that one is dropped.
+right, comparing the two tells which peer lied, and only that one is dropped. Who has been given nothing
+but what they have in common, such as what the mirror brought before there was a peer, just goes on.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from hostos.mirror.store import BLOCK, is_full
 
 WITHHELD = 64 << 10
 """Bytes at the end that nobody gets before the file is verified."""
+STEP = 16 << 10
 PATIENT_SIZE = 32 << 20
 PATIENT_S = 15.0
 """A file of peers up to this size (bytes) is withheld until it is verified, for so many seconds."""
@@ -56,6 +58,7 @@ class Download:
     def __post_init__(self) -> None:
         self._partial = Partial(self.path, self.known.size)
         self._began = time.monotonic()
+        self._agreed = 0
         self._changed = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
 
@@ -83,16 +86,19 @@ class Download:
     async def wait(self, beyond: int, generation: int | None = None) -> int:
         """How many bytes there are, once these are more than `beyond` or all.
 
-        Raises what ended the download (RefusedError), or RestartedError if bytes that were given out
-        in this `generation` (None: none yet) have proved wrong.
+        Raises what ended the download (RefusedError), or RestartedError if the `beyond` bytes that were given
+        out in this `generation` (None: none yet) have proved wrong, or may be.
         """
         while True:
-            if generation is not None and self.generation != generation:
-                raise RestartedError
             if self.error is not None:
                 raise self.error
-            if self.verified or self.available > beyond:
+            if generation is not None and self.generation != generation:
+                if self.size > PATIENT_SIZE or (self.verified and beyond > self._agreed):
+                    raise RestartedError
+            elif self.available > beyond:
                 return self.available
+            if self.verified:
+                return self.size
             changed = self._changed
             try:
                 # Not only changes count: patience ends, too.
@@ -170,6 +176,7 @@ class Download:
                 problem = problem or error
                 continue
             if await self._partial.has(self.known.sha256):
+                self._agreed = await asyncio.to_thread(_agreement, self.path, suspect)
                 return
             self._blame_alone({source.name})
         raise problem or UnverifiedError(f"{self.known.location}: what arrives has not the SHA-256 that is signed")
@@ -177,6 +184,15 @@ class Download:
     def _blame_alone(self, authors: set[str]) -> None:
         if len(authors) == 1 and (author := next(iter(authors))).startswith("peer:"):
             self.blame(author, f"sent wrong bytes for {self.known.location}", True)
+
+
+def _agreement(good: Path, bad: Path) -> int:
+    """In how many bytes from the start, at least, two files are the same."""
+    same = 0
+    with good.open("rb") as right, bad.open("rb") as wrong:
+        while (data := right.read(STEP)) and data == wrong.read(STEP):
+            same += len(data)
+    return same
 
 
 def _find_liars(good: Path, bad: Path, authors: list[set[str]]) -> set[str]:

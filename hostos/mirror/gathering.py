@@ -71,6 +71,7 @@ class Gathering:
     _peers: list[Source] = field(default_factory=list)
     _workers: list[Worker] = field(default_factory=list)
     _looking: asyncio.Future[list[Source]] | None = None
+    _peers_began: float | None = None
     _mirror_works: bool = False
     _refused: dict[str, SourceError] = field(default_factory=dict)
 
@@ -80,7 +81,6 @@ class Gathering:
         if sources.more_peers is not None and not self.partial.complete:
             self._looking = asyncio.ensure_future(sources.more_peers())
         attempts = 0
-        began = time.monotonic()
         try:
             while not self.partial.complete:
                 now = time.monotonic()
@@ -91,7 +91,7 @@ class Gathering:
                 busy_peers = [worker for worker in self._workers if worker.source.is_peer]
                 busy_mirror = len(busy_peers) < len(self._workers)
                 self._drop_stalled(busy_peers, now)
-                slow = now - began > MIRROR_GRACE_S and self._are_slow(busy_peers, now)
+                slow = self._peers_are_slow()
                 if mirrors and (failed := self._refused.pop(mirrors[0].name, None)):
                     attempts += 1
                     if failed.lied or failed.status >= 400 or attempts >= MIRROR_ATTEMPTS:
@@ -138,12 +138,25 @@ class Gathering:
         else:
             await asyncio.sleep(0.01)
 
-    def _are_slow(self, workers: list[Worker], now: float) -> bool:
-        return sum(worker.received / (now - worker.began + 0.01) for worker in workers) < SLOW_RATE
+    def _peers_are_slow(self) -> bool:
+        """After a while, which they have for themselves."""
+        now = time.monotonic()
+        if self._peers_began is None or now - self._peers_began < MIRROR_GRACE_S:
+            return False
+        peers = [worker for worker in self._workers if worker.source.is_peer]
+        return sum(worker.received / (now - worker.began + 0.01) for worker in peers) < SLOW_RATE
+
+    @property
+    def _peers_suffice(self) -> bool:
+        """Can the mirror be spared?"""
+        some = bool(self._peers) or any(worker.source.is_peer for worker in self._workers)
+        return some and not self._peers_are_slow()
 
     def _start(self, source: Source, after: float = 0.0) -> Worker:
         """Have the source bring the first missing blocks, of which there are some."""
         now = time.monotonic() + after
+        if source.is_peer and self._peers_began is None:
+            self._peers_began = now
         worker = Worker(source, now, now, self._take(source))
         worker.task = asyncio.create_task(self._work(worker, after))
         self._workers.append(worker)
@@ -151,8 +164,15 @@ class Gathering:
 
     def _take(self, source: Source) -> list[int]:
         missing = self.partial.missing
-        others = source.is_peer or self._looking is not None or any(each.source is not source for each in self._workers)
-        return self.partial.take(min(MAX_RUN, max(1, missing // 4)) if others and not self.one_by_one else missing)
+        if self.one_by_one:
+            most = missing
+        elif self._looking is not None and not source.is_peer:
+            most = 1  # Whoever is found soon is to have the rest.
+        elif source.is_peer or any(each.source is not source for each in self._workers):
+            most = min(MAX_RUN, max(1, missing // 4))
+        else:
+            most = missing
+        return self.partial.take(most)
 
     def _reap(self) -> None:
         for worker in [worker for worker in self._workers if worker.task.done()]:
@@ -185,7 +205,7 @@ class Gathering:
                 if error.status not in (404, 410):
                     self.blame(source.name, str(error), error.lied and source.is_peer)
                 return
-            if not worker.run and self.partial.missing:
+            if self.partial.missing and (source.is_peer or not self._peers_suffice):
                 worker.run += self._take(source)
 
     def _why(self) -> RefusedError:
