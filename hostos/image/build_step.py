@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from hostos.errors import UserError
-from hostos.image import overlay, sandbox, unpacked
+from hostos.image import overlay, package_cache, sandbox, unpacked
 from hostos.image.base import environment, logged
 from hostos.image.buildcache import Package, Packages
 from hostos.image.entries import Entry, arrange
@@ -24,6 +25,9 @@ from hostos.image.sandbox import Ids
 from hostos.image.sources import read_directory
 from hostos.live.torrents import Torrent
 from hostos.steps import Steps
+
+if TYPE_CHECKING:
+    from hostos.image.pins import Pins
 
 # What package managers leave that differs from run to run, and is made anew when it is needed.
 _TRACES = (
@@ -54,6 +58,8 @@ class Place:
     env: dict[str, str] = field(default_factory=dict)
     user: str = ""
     workdir: str = ""
+    pins: Pins | None = None
+    """Where packages come from, instead of from where the image says."""
 
     _tree: Tree = field(default_factory=lambda: overlay.merge([]))
     _read: int = 0
@@ -185,13 +191,17 @@ def install(
     parts: list[tuple[str, Script]]
     if root.find(b"usr/bin/apt-get"):
         apt = "apt-get -q -y -o APT::Sandbox::User=root -o Dpkg::Use-Pty=0 --no-install-recommends"
+        more = place.pins.step_options if place.pins else package_cache.for_apt(place.tree())
+        apt = shlex.join([*apt.split(), *more])
         parts = [
             # Without ForceHash it tells MD5.
             ("", f"{apt} update\n{apt} -o Acquire::ForceHash=SHA256 install --print-uris {words} > /run/hostos/uris"),
             ("uris", lambda found: _apt_script(apt, step.value, found)),
         ]
     elif root.find(b"usr/bin/pacman"):
-        pacman = "pacman --noconfirm --noprogressbar"
+        pacman = shlex.join(
+            ["pacman", "--noconfirm", "--noprogressbar", *(place.pins.step_options if place.pins else ())]
+        )
         names = shlex.join(step.value)
         parts = [
             ("", f"{pacman} -Sy --print --print-format '%l %n_%v_x %s' {names} > /run/hostos/uris"),
@@ -199,7 +209,7 @@ def install(
         ]
     else:
         raise UserError(f"{what}: the image has neither apt-get nor pacman", "install them in a `run` step")
-    return _changed(parts, place, step.network, stack, steps, what, locked)
+    return _changed(parts, place, step.network and not place.pins, stack, steps, what, locked)
 
 
 def _apt_script(apt: str, names: Sequence[str], found: Packages) -> str:
@@ -229,6 +239,8 @@ def _changed(
         sandbox.own(here / name, who)
     made, top = _missing(place.tree()), place.tree().root.entry
     packages: Packages = {}
+    if place.pins:
+        place.pins.tell(here / "told")
     for told, given in parts:
         if told:
             packages = _uris(here / "told" / told)
@@ -241,6 +253,8 @@ def _changed(
             names = [str(lower.relative_to(scratch)) for lower in lowers] or [f"{here.name}/empty"]
             sandbox.overlay(scratch, names, f"{here.name}/upper", f"{here.name}/work", here / "root")
             _furnish(here / "root", here / "told", network)
+            if place.pins:
+                place.pins.mount(here / "root")
             sandbox.pivot(here / "root")
             env = environment(place.epoch) | place.env
             # A package manager is root, whoever runs the steps after it.

@@ -127,4 +127,7 @@ class Finder:
         return 0 < port < 65536 and not address.is_unspecified and (not address.is_loopback or self._on_loopback)
 
     def status(self) -> dict[str, Any]:
-        return {"nodes": [f"{host}:{port}" for host, port in self._nodes], "announced": sum(due > 0 for due in self._due.values())}
+        return {
+            "nodes": [f"{host}:{port}" for host, port in self._nodes],
+            "announced": sum(due > 0 for due in self._due.values()),
+        }
