@@ -30,6 +30,8 @@ from hostos.mirror.store import BLOCK, is_full
 WITHHELD = 64 << 10
 """Bytes at the end that nobody gets before the file is verified."""
 STEP = 16 << 10
+SECOND_OPINIONS = 2
+"""Peers that are asked for all of a file after peers have lied, before the mirror is."""
 PATIENT_SIZE = 32 << 20
 PATIENT_S = 15.0
 """A file of peers up to this size (bytes) is withheld until it is verified, for so many seconds."""
@@ -156,16 +158,16 @@ class Download:
         await gathering.run(sources)
 
     async def _fetch_again(self, suspect: Path) -> None:
-        """The hash was wrong: from the beginning, from one source alone; the mirror first, which may have
-        been changing, then peers that are not to blame. Raises RefusedError."""
+        """The hash was wrong: from the beginning, from one source alone. If only peers brought it, two of them
+        first, if they are quick; else the mirror, which may have been changing. Raises RefusedError."""
         problem: RefusedError | None = None
         authors: set[str] = set().union(*self._partial.authors)
         self._blame_alone(authors)
         self.path.replace(suspect)
         sources = self.sources()
-        for source in (*sources.mirrors, *sources.peers):
-            if source.is_peer and authors == {source.name}:
-                continue
+        peers = [source for source in sources.peers if authors != {source.name}]
+        first = SECOND_OPINIONS if all(name.startswith("peer:") for name in authors) else 0
+        for source in (*peers[:first], *sources.mirrors, *peers[first:]):
             await self._partial.restart()
             self.generation += 1
             self._notify()

@@ -125,7 +125,8 @@ class Gathering:
         for worker in peers:
             silent = now - worker.last > (STALL_S if worker.received else FIRST_BYTE_S)
             crawls = now - worker.began > STALL_S and worker.received < CRAWL_RATE * (now - worker.began)
-            if silent or (crawls and self._mirror_works):
+            # Alone, it keeps the mirror waiting.
+            if silent or (crawls and self._mirror_works) or (self.one_by_one and self._peers_are_slow()):
                 worker.task.cancel()
                 self.blame(worker.source.name, "brings next to nothing", False)
 

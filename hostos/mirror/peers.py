@@ -98,7 +98,7 @@ class Peers:
         return Source(f"peer:{address}", url, size, self.session, PEER_TIMEOUT, self.rate, count, cluster=self.cluster)
 
     def failed(self, address: str, reason: str, *, lied: bool) -> None:
-        if lied:
+        if lied and not self.ledger.is_liar(address):
             self.ledger.lied(address)
             self.log(f"peer {address} is dropped: it {reason}")
         peer = self._met(address)
