@@ -43,7 +43,17 @@ class Proxy:
             if "Transfer-Encoding" in request.headers or request.headers.get("Content-Length", "0") != "0":
                 raise RefusedError(400, "a request for a package has no body")
             location = parse_target(request.raw_path)
-            archive, found = await self._resolve(location)
+            upstreams = self.upstreams()
+            found: Document | Wanted
+            if (repository := upstreams.find_pacman(location)) is not None:
+                archive = repository.base
+                found = await self.pacman.resolve(location, repository)
+            elif entries := upstreams.find_apt(location):
+                archive = entries[0].base
+                found = await self.apt.resolve(location, entries)
+            else:
+                host = location.partition("/")[0]
+                raise RefusedError(403, f"{host} is none of the cached archives: hostos mirror import")
             return await self._answer(request, archive, location, found)
         except RefusedError as error:
             if error.status != 416:
@@ -53,15 +63,6 @@ class Proxy:
             return answer.refused(request, error)
         finally:
             self.in_flight -= 1
-
-    async def _resolve(self, location: str) -> tuple[str, Document | Wanted]:
-        upstreams = self.upstreams()
-        if location.startswith("pacman/"):
-            if (repository := upstreams.find_pacman(location)) is not None:
-                return repository.base, await self.pacman.resolve(location, repository)
-        elif entries := upstreams.find_apt(location):
-            return entries[0].base, await self.apt.resolve(location, entries)
-        raise RefusedError(403, f"{location.partition('/')[0]} is none of the cached archives: hostos mirror import")
 
     async def _answer(
         self, request: web.BaseRequest, archive: str, location: str, found: Document | Wanted

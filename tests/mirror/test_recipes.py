@@ -87,10 +87,8 @@ def test_through_the_cache_and_then_from_a_snapshot_of_it(place, make_cache, mon
     again = builder.build(second, "", Steps(), builder.Options())
     assert packages(second) == wanted
     assert recipe_lock.read(second)[""].snapshots == {"debian/today": snapshot}
-    # It says where the packages are in the world, not where they lay here: the very same layers.
-    assert [layer.torrent for layer in again.image.manifest.layers] == [
-        layer.torrent for layer in made.image.manifest.layers
-    ]
+    # It says where the packages are in the world, not where they lay here: the very same base.
+    assert again.image.manifest.layers[0] == made.image.manifest.layers[0]
     # The name means something else tomorrow; what is locked is the hash.
     tree = place / "tree"
     (tree / "bin").mkdir(parents=True)
