@@ -351,5 +351,5 @@ def check_lock(packages: Packages, locked: Packages | None, what: str) -> None:
             shown = [f"{each.version} {each.sha256[:12]}".strip() if each else "none" for each in (then, now)]
             raise UserError(
                 f"{what}: package {name} is locked as {shown[0]}, the mirror has {shown[1]}",
-                "take what it has now: --update; or a mirror that keeps everything (as Debian's snapshot archive)",
+                "take what it has now: --update; or build from a snapshot (hostos mirror publish)",
             )

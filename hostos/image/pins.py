@@ -13,6 +13,7 @@ from hostos.image.sandbox import Ids
 from hostos.image.store import Store
 from hostos.mirror import pinned
 from hostos.mirror.pinned import Pinned
+from hostos.mirror.snapshot import APT_OPTIONS
 from hostos.steps import Steps
 
 MOUNTED = "/run/snapshot"
@@ -51,10 +52,8 @@ class Pins:
         default = KEYRINGS.get(self.base.kind, "")
         return self.base.key or (default if Path(default).is_file() else "")
 
-    # A snapshot never changes, so it may be used when the archive would have newer ones.
-
     def for_mmdebstrap(self) -> list[str]:
-        options = f"[check-valid-until=no{f' signed-by={self.key}' if self.key else ''}]"
+        options = f"[{APT_OPTIONS}{f' signed-by={self.key}' if self.key else ''}]"
         where = [f"copy:{tree.place}" for tree in self.trees]
         return pinned.apt_sources(self.trees, self.base.value, self.base.components, where, options)
 
@@ -87,7 +86,7 @@ class Pins:
                 copy = f"{_KEY}{Path(self.key).suffix}"
                 shutil.copyfile(self.key, told / copy)
                 signed = f" signed-by={TOLD}/{copy}"
-            options = f"[check-valid-until=no{signed}]"
+            options = f"[{APT_OPTIONS}{signed}]"
             lines = pinned.apt_sources(self.trees, self.base.value, self.base.components, where, options)
             text = "\n".join(lines) + "\n"
         (told / _CONFIG).write_text(text)

@@ -27,6 +27,9 @@ from hostos.mirror.store import Store
 from hostos.mirror.upstreams import Upstreams, describe
 
 ORIGIN = "ORIGIN"
+APT_OPTIONS = "check-valid-until=no target=Packages"
+"""Of a line in sources.list: a snapshot stays as it is, whatever the archive has meanwhile; translations and what
+else its Release lists may not be in it."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def as_source(snapshot: Snapshot, origin: Origin, keys: Keys) -> Path:
         if blob:
             _put(top / KEYRING, blob)
         signed = f" signed-by=/{KEYRING}" if blob else ""
-        lines = [f"deb [check-valid-until=no{signed}] file:/{PLACE} {each}\n" for each in _suites(place)]
+        lines = [f"deb [{APT_OPTIONS}{signed}] file:/{PLACE} {each}\n" for each in _suites(place)]
         _put(top / "etc/apt/sources.list", "".join(lines).encode())
     else:
         _put(top / "etc/pacman.d/mirrorlist", f"Server = file:///{PLACE}\n".encode())
