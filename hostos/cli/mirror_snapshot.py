@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,8 +42,6 @@ def publish(
       hostos mirror serve debian/today         a browser, apt or an installer looks at it
       snapshot = "me/debian"                   in the [base] of a recipe: from it alone
     """
-    import os
-
     from hostos.image import seeding
     from hostos.image.publish import publish as publish_image
     from hostos.image.store import Store
@@ -146,7 +145,7 @@ def serve(reference: str, listen: str) -> None:
     told = steps()
     image, layer = _layer(reference, told)
     browsing.listing(layer)
-    with tempfile.TemporaryDirectory(prefix="hostos-snapshot-", dir="/var/tmp") as name:
+    with tempfile.TemporaryDirectory(prefix="hostos-snapshot-", dir=os.environ.get("TMPDIR", "/var/tmp")) as name:
         tree = Path(name) / "tree"
         with told.step("unpack"):
             browsing.unpack(layer, tree)

@@ -28,10 +28,10 @@ class Locked:
     epoch: int
     parent: str = ""
     source: str = ""
-    snapshots: dict[str, str] = field(default_factory=dict)
     packages: dict[str, Packages] = field(default_factory=dict)
     trace: str = ""
     image: str = ""
+    snapshots: dict[str, str] = field(default_factory=dict)
 
 
 def path_of(recipe: Path) -> Path:

@@ -35,7 +35,7 @@ def obtain(text: str, steps: Steps, store: Store | None = None, *, locked: str =
     if stored is not None and not stored.missing:
         return stored
     try:
-        reference = parse_image_reference(wanted)
+        reference = parse_image_reference(stored.hash if stored else wanted)
     except UserError:
         raise UserError(
             f"there is no snapshot {text[:80]!r} here", "hostos mirror publish makes one; hostos image ls shows them"
@@ -47,7 +47,12 @@ def obtain(text: str, steps: Steps, store: Store | None = None, *, locked: str =
         )
     with store.incoming() as temporary:
         got = download(reference.info_hash, asked, temporary, steps, machine=os.uname().machine)
-        return store.get(store.add(got.bundle.manifest, list(zip(got.bundle.layers, got.layers, strict=True))))
+        made = store.add(got.bundle.manifest, list(zip(got.bundle.layers, got.layers, strict=True)))
+    if made != reference.info_hash:
+        # It has what no snapshot has: a trace, a bill of materials, images for several architectures.
+        store.remove(made)
+        raise UserError(f"image {got.bundle.manifest.name} is no snapshot of a repository")
+    return store.get(made)
 
 
 @dataclass(frozen=True)
