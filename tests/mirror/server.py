@@ -41,6 +41,8 @@ class Faults:
     """Wait at this byte of the file until `go` is set."""
     rate: int = 0
     """Bytes per second."""
+    delay: float = 0.0
+    """Seconds until it begins to answer."""
     change: Callable[[bytes], bytes] | None = None
     """What is sent instead of the file."""
     claim: int | None = None
@@ -62,6 +64,8 @@ class Web:
         self.root, self.by_hash = root, by_hash
         self.faults = Faults(only="$^")
         self.log: list[Served] = []
+        self.waiting = self.most_waiting = 0
+        """Requests that are being delayed at the same time."""
         web = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -109,6 +113,11 @@ class Web:
         if faults.down:
             request.close_connection = True
             return
+        if faults.delay:
+            self.waiting += 1
+            self.most_waiting = max(self.most_waiting, self.waiting)
+            time.sleep(faults.delay)
+            self.waiting -= 1
         file = self._find(path)
         if faults.status or file is None:
             said.status = faults.status or 404
