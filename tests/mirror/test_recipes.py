@@ -41,8 +41,8 @@ packages = ["hello"]
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory that everybody may pass through: who builds is nobody here."""
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory that everybody may pass through: who builds is nobody here. (pytest has made its own before.)"""
     try:
         sandbox.inside_works()
     except UserError as error:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from hostos.mirror.snapshot import APT_OPTIONS
 from mirror.cache import AptClient, Cache
 
 pytestmark = pytest.mark.skipif(
@@ -150,9 +151,8 @@ def test_an_image_that_has_it_as_its_package_source(cache, web, archive, make_cl
         )
         subprocess.run(["unsquashfs", "-f", "-q", "-n", "-d", tree, layer], check=True, capture_output=True)
     lines = (tree / "etc/apt/sources.list").read_text()
-    assert (
-        lines == "deb [check-valid-until=no signed-by=/etc/apt/keyrings/snapshot.gpg] file:/srv/snapshot stable main\n"
-    )
+    options = f"{APT_OPTIONS} signed-by=/etc/apt/keyrings/snapshot.gpg"
+    assert lines == f"deb [{options}] file:/srv/snapshot stable main\n"
     here = lines.replace("/srv", f"{tree}/srv").replace("/etc", f"{tree}/etc")
     reader = make_client(cache, sources=[here], proxy="false")
     reader.update()
