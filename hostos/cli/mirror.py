@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from hostos.cli import mirror_snapshot
 from hostos.cli.common import json_option, print_json, steps, talk_options
 from hostos.errors import FAILED, UserError
 
@@ -38,7 +39,7 @@ def mirror() -> None:
     "--dht",
     multiple=True,
     metavar="HOST:PORT",
-    help="Join a DHT by this node, to find peers and be found. Experimental.",
+    help="Join a DHT by this node, to find peers, and be found if --share is given.",
 )
 @click.option("--cluster-key", metavar="FILE", help="A key that members share; nobody else gets anything.")
 @click.option("--size", metavar="SIZE", help="What the cache may hold, e.g. 50G.  [default: 20G]")
@@ -161,6 +162,8 @@ def status(as_json: bool) -> None:
     limit = f" of {_bytes(info['limit'])}" if info["limit"] else ""
     click.echo(f"holds    {info['files']} files, {_bytes(info['size'])}{limit}, in {info['store']}")
     click.echo(f"knows    {info['known_files']} signed files; {info['arriving']} on their way")
+    if dht := info["dht"]:
+        click.echo(f"dht      joined by {', '.join(dht['nodes'])}; {dht['announced']} files announced")
     for line in info["archives"]:
         click.echo(line)
     for peer in info["peers"]:
@@ -274,40 +277,6 @@ def verify(as_json: bool) -> None:
         raise click.exceptions.Exit(FAILED)
 
 
-@mirror.command()
-@click.argument("repository")
-@click.option("--name", required=True, help="Of the image, e.g. debian/bookworm.")
-@json_option
-@talk_options
-def publish(repository: str, name: str, as_json: bool) -> None:
-    """Make an immutable snapshot of a repository, as an image; prints its hash.
-
-    REPOSITORY is the URL of an apt archive or the name of a pacman repository. The image holds its signed
-    indexes and those packages that the cache has, at their places: a package manager can use it as it uses
-    the mirror.
-    """
-    import os
-
-    from hostos.image.publish import publish as publish_image
-    from hostos.mirror import control, snapshot, upstreams
-    from hostos.mirror.catalogue import Catalogue
-
-    base = snapshot.find(repository, upstreams.load() or upstreams.Upstreams())
-    talk = steps()
-    with control.store() as store:
-        catalogue = Catalogue(control.data() / "catalogue.db")
-        try:
-            with snapshot.made(base, catalogue, store) as found:
-                talk.note(f"{found.packages} packages of {found.named} that {base} names")
-                published = publish_image(found.tree, name, talk, architecture=os.uname().machine)
-        finally:
-            catalogue.close()
-    if as_json:
-        print_json({"schema": 1, "image": published.hash, "packages": found.packages, "named": found.named})
-    else:
-        click.echo(published.hash)
-
-
 def _root_option(command: Any) -> Any:
     return click.option(
         "--root", type=click.Path(exists=True, file_okay=False, path_type=Path), default="/", help="Of another system."
@@ -358,3 +327,7 @@ def parse_size(text: str) -> int:
     if not (digits.isascii() and digits.isdigit() and int(digits) > 0 and len(digits) < 16):
         raise UserError(f"--size {text!r} is no size", "e.g. --size 20G")
     return int(digits) << shift
+
+
+for _more in mirror_snapshot.COMMANDS:
+    mirror.add_command(_more)

@@ -9,18 +9,20 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hostos.build.debian_archive import find_mirror
 from hostos.errors import UserError, failure
-from hostos.image import sandbox, unpacked
+from hostos.image import package_cache, sandbox, unpacked
 from hostos.image.buildcache import Package, Packages
 from hostos.image.entries import Entry, arrange
 from hostos.image.pacman_database import timeless
 from hostos.image.recipe import Base
 from hostos.image.sandbox import Ids
 from hostos.image.sources import read_plain_tar
-from hostos.mirror.control import proxy_for
 from hostos.steps import Steps
+
+if TYPE_CHECKING:
+    from hostos.image.pins import Pins
 
 DEBIAN_ARCHITECTURES = {
     "x86_64": "amd64",
@@ -32,6 +34,8 @@ DEBIAN_ARCHITECTURES = {
 }
 PACMAN_MIRRORS = Path("/etc/pacman.d/mirrorlist")
 """Arch's mirrors as this host knows them; Debian's pacman brings none."""
+INSTALLED_THEN = """sed -i "/^%INSTALLDATE%$/{n;s/.*/$SOURCE_DATE_EPOCH/}\""""
+"""pacman notes when it installed each package; the clock is no part of an image."""
 TAIL = 12
 """Lines of a log that an error shows."""
 _OF_THE_HOST = (b"etc/hostname", b"etc/resolv.conf")
@@ -44,8 +48,20 @@ class Fetched:
     packages: Packages
 
 
-def fetch(base: Base, architecture: str, epoch: int, who: Ids, log: Path, stack: ExitStack, steps: Steps) -> Fetched:
-    """The tree of a distribution (`debian`, `ubuntu` or `arch`). Raises UserError, with the log's last lines."""
+def fetch(
+    base: Base,
+    architecture: str,
+    epoch: int,
+    who: Ids,
+    log: Path,
+    stack: ExitStack,
+    steps: Steps,
+    pins: Pins | None = None,
+) -> Fetched:
+    """The tree of a distribution (`debian`, `ubuntu` or `arch`); of `pins`, with no network at all.
+
+    Raises UserError, with the log's last lines.
+    """
     tool = {"arch": "pacman"}.get(base.kind, "mmdebstrap")
     if not shutil.which(tool):
         package = {"pacman": "pacman-package-manager (Debian), pacman (Arch)"}.get(tool, tool)
@@ -57,8 +73,9 @@ def fetch(base: Base, architecture: str, epoch: int, who: Ids, log: Path, stack:
         base = replace(base, key=f"/tmp/{_copied(Path(base.key), work).name}")
     tar = stack.enter_context((log.parent / f"{log.name}.tar").open("w+b"))
     (log.parent / f"{log.name}.tar").unlink()
-    command = _pacman(base, architecture) if base.kind == "arch" else _mmdebstrap(base, architecture)
-    env = _package_cache(base) | environment(epoch) | {"TMPDIR": "/tmp", "HOME": "/tmp"}
+    command = _pacman(base, architecture, pins) if base.kind == "arch" else _mmdebstrap(base, architecture, pins)
+    cache = {} if pins else package_cache.for_base(base)
+    env = cache | environment(epoch) | {"TMPDIR": "/tmp", "HOME": "/tmp"}
 
     def build() -> int:
         sandbox.mount(str(work), "/tmp", None, sandbox.MS_BIND)
@@ -67,7 +84,7 @@ def fetch(base: Base, architecture: str, epoch: int, who: Ids, log: Path, stack:
 
     with steps.step(f"{base.kind} {base.value}".strip()) as step:
         try:
-            logged(build, log, who, network=True, what=f"building the base {base.kind} {base.value}".strip())
+            logged(build, log, who, network=pins is None, what=f"building the base {base.kind} {base.value}".strip())
         except UserError as error:
             if "NO_PUBKEY" in log.read_text(errors="replace"):
                 package = {"ubuntu": "ubuntu-keyring", "debian": "debian-archive-keyring"}.get(base.kind, "")
@@ -94,20 +111,7 @@ def _copied(key: Path, work: Path) -> Path:
     return target
 
 
-def _package_cache(base: Base) -> dict[str, str]:
-    """The way to this host's package cache, where it runs and has the archive (docs/mirror.md). Not an
-    option of apt's: mmdebstrap would write it into the image."""
-    mirror = "" if base.kind == "arch" else _mirror(base)
-    proxy = proxy_for(mirror) if mirror else ""
-    return {"http_proxy": proxy} if proxy else {}
-
-
-def _mirror(base: Base) -> str:
-    """The recipe's, else this host's of Debian; for Ubuntu "", for which mmdebstrap has a default of its own."""
-    return base.mirror or (find_mirror().main if base.kind == "debian" else "")
-
-
-def _mmdebstrap(base: Base, architecture: str) -> str:
+def _mmdebstrap(base: Base, architecture: str, pins: Pins | None) -> str:
     words = ["mmdebstrap", "--mode=root", "--format=tar", f"--variant={base.variant}"]
     if (name := DEBIAN_ARCHITECTURES.get(architecture)) is None:
         raise UserError(f"{base.kind} has no packages for {architecture}")
@@ -123,12 +127,16 @@ def _mmdebstrap(base: Base, architecture: str) -> str:
         "--customize-hook=APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-cache show --no-all-versions "
         "$(chroot \"$1\" dpkg-query -W -f '${Package}=${Version} ') > /tmp/packages"
     )
-    quoted = " ".join(shlex.quote(word) for word in (*words, base.value, "-", *filter(None, (_mirror(base),))))
+    sources = pins.for_mmdebstrap() if pins else [each for each in (package_cache.mirror_of(base),) if each]
+    if pins:
+        lines = " ".join(shlex.quote(line) for line in pins.for_image())
+        words.append(f"--customize-hook=printf '%s\\n' {lines} > \"$1/etc/apt/sources.list\"")
+    quoted = " ".join(shlex.quote(word) for word in (*words, base.value, "-", *sources))
     return f"{quoted} >&9"
 
 
-def _pacman(base: Base, architecture: str) -> str:
-    if not base.mirror and not PACMAN_MIRRORS.exists():
+def _pacman(base: Base, architecture: str, pins: Pins | None) -> str:
+    if not pins and not base.mirror and not PACMAN_MIRRORS.exists():
         raise UserError(
             "no mirror of Arch is known on this host", 'name one in the recipe: mirror = "URL/$repo/os/$arch"'
         )
@@ -137,7 +145,7 @@ def _pacman(base: Base, architecture: str) -> str:
     # Signatures are checked with the host's keyring of Arch; a mirror of one's own may have none.
     level = "Never" if base.variant == "unsigned" else "Required DatabaseOptional"
     names = base.components if base.mirror else ("core", "extra")
-    sections = "".join(f"[{name}]\n{servers}\n" for name in names)
+    sections = pins.for_pacman() if pins else "".join(f"[{name}]\n{servers}\n" for name in names)
     config = f"[options]\nArchitecture = {architecture}\nSigLevel = {level}\n{sections}"
     root, lib = "/tmp/root", "/tmp/root/var/lib/pacman"
     empty = " ".join(f"{root}/{name}" for name in ("dev", "etc", "proc", "run", "sys", "tmp", "var/cache/pacman/pkg"))
@@ -148,6 +156,7 @@ def _pacman(base: Base, architecture: str) -> str:
             f"mkdir -p {lib} {empty} && chmod 1777 {root}/tmp",
             f"pacman {options} --noconfirm --noprogressbar -Sy {packages}",
             f"rm -rf {lib}/sync",
+            f"{INSTALLED_THEN} {lib}/local/*/desc",
             f"tar --numeric-owner --sort=name --xattrs --xattrs-include='*' --format=pax -C {root} -cf - . >&9",
         )
     )

@@ -10,11 +10,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from hostos.errors import UserError
-from hostos.image import overlay, sandbox, unpacked
-from hostos.image.base import environment, logged
+from hostos.image import overlay, package_cache, sandbox, unpacked
+from hostos.image.base import INSTALLED_THEN, environment, logged
 from hostos.image.buildcache import Package, Packages
 from hostos.image.entries import Entry, arrange
 from hostos.image.layers import read_layer
@@ -26,12 +27,16 @@ from hostos.image.sources import read_directory
 from hostos.live.torrents import Torrent
 from hostos.steps import Steps
 
+if TYPE_CHECKING:
+    from hostos.image.pins import Pins
+
 # What package managers leave that differs from run to run, and is made anew when it is needed.
 _TRACES = (
     b"var/lib/apt/lists/", b"var/cache/apt/", b"var/log/apt/", b"var/log/dpkg.log", b"var/log/alternatives.log",
     b"var/cache/ldconfig/aux-cache", b"var/cache/debconf/", b"var/log/bootstrap.log", b"var/log/pacman.log",
     b"var/lib/pacman/sync/", b"var/cache/pacman/pkg/", b"root/.bash_history", b"root/.lesshst",
 )  # fmt: skip
+_THEN = f"find /var/lib/pacman/local -name desc -newer /run/hostos/uris -exec {INSTALLED_THEN} {{}} +"
 _MOUNTED = (b"dev", b"proc", b"run", b"sys", b"tmp")
 _NODES = ("null", "zero", "full", "random", "urandom", "tty")
 
@@ -55,6 +60,8 @@ class Place:
     env: dict[str, str] = field(default_factory=dict)
     user: str = ""
     workdir: str = ""
+    pins: Pins | None = None
+    """Where packages come from, instead of from where the image says."""
 
     _tree: Tree = field(default_factory=lambda: overlay.merge([]))
     _read: int = 0
@@ -186,21 +193,25 @@ def install(
     parts: list[tuple[str, Script]]
     if root.find(b"usr/bin/apt-get"):
         apt = "apt-get -q -y -o APT::Sandbox::User=root -o Dpkg::Use-Pty=0 --no-install-recommends"
+        more = place.pins.step_options if place.pins else package_cache.for_apt(place.tree())
+        apt = shlex.join([*apt.split(), *more])
         parts = [
             # Without ForceHash it tells MD5.
             ("", f"{apt} update\n{apt} -o Acquire::ForceHash=SHA256 install --print-uris {words} > /run/hostos/uris"),
             ("uris", lambda found: _apt_script(apt, step.value, found)),
         ]
     elif root.find(b"usr/bin/pacman"):
-        pacman = "pacman --noconfirm --noprogressbar"
+        pacman = shlex.join(
+            ["pacman", "--noconfirm", "--noprogressbar", *(place.pins.step_options if place.pins else ())]
+        )
         names = shlex.join(step.value)
         parts = [
             ("", f"{pacman} -Sy --print --print-format '%l %n_%v_x %s' {names} > /run/hostos/uris"),
-            ("uris", f"{pacman} -S {names}\nrm -rf /var/cache/pacman/pkg/*"),
+            ("uris", f"{pacman} -S {names}\nrm -rf /var/cache/pacman/pkg/*\n{_THEN}"),
         ]
     else:
         raise UserError(f"{what}: the image has neither apt-get nor pacman", "install them in a `run` step")
-    return _changed(parts, place, step.network, stack, steps, what, locked)
+    return _changed(parts, place, step.network and not place.pins, stack, steps, what, locked)
 
 
 def _apt_script(apt: str, names: Sequence[str], found: Packages) -> str:
@@ -230,6 +241,8 @@ def _changed(
         sandbox.own(here / name, who)
     made, top = _missing(place.tree()), place.tree().root.entry
     packages: Packages = {}
+    if place.pins:
+        place.pins.tell(here / "told")
     for told, given in parts:
         if told:
             packages = _uris(here / "told" / told)
@@ -242,6 +255,8 @@ def _changed(
             names = [str(lower.relative_to(scratch)) for lower in lowers] or [f"{here.name}/empty"]
             sandbox.overlay(scratch, names, f"{here.name}/upper", f"{here.name}/work", here / "root")
             _furnish(here / "root", here / "told", network)
+            if place.pins:
+                place.pins.mount(here / "root")
             sandbox.pivot(here / "root")
             env = environment(place.epoch) | place.env
             # A package manager is root, whoever runs the steps after it.
@@ -338,5 +353,5 @@ def check_lock(packages: Packages, locked: Packages | None, what: str) -> None:
             shown = [f"{each.version} {each.sha256[:12]}".strip() if each else "none" for each in (then, now)]
             raise UserError(
                 f"{what}: package {name} is locked as {shown[0]}, the mirror has {shown[1]}",
-                "take what it has now: --update; or a mirror that keeps everything (as Debian's snapshot archive)",
+                "take what it has now: --update; or build from a snapshot (hostos mirror publish)",
             )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hostos.errors import UserError
 from hostos.image import base, build_step, containerfile, oci, recipe_lock, sandbox
@@ -29,6 +30,9 @@ from hostos.image.store import Store, StoredImage
 from hostos.live.manifest import MAX_HISTORY, BootConfig, Layer, Manifest
 from hostos.live.torrents import Torrent, make_layer_torrent
 from hostos.steps import Steps
+
+if TYPE_CHECKING:
+    from hostos.image.pins import Pins
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,26 @@ def build(
     store = store or Store()
     line = recipes.lineage(recipes.load(file, kind))
     result: Result | None = None
+    pins: Pins | None = None
     for each in line:
-        result = _Build(each, result.image if result else None, store, steps, options, parents or store).run()
+        one = _Build(each, result.image if result else None, store, steps, options, parents or store, pins)
+        result, pins = one.run(), one.pins
     assert result is not None
     return result
 
 
 class _Build:
     def __init__(
-        self, recipe: Recipe, parent: StoredImage | None, store: Store, steps: Steps, options: Options, parents: Store
+        self,
+        recipe: Recipe,
+        parent: StoredImage | None,
+        store: Store,
+        steps: Steps,
+        options: Options,
+        parents: Store,
+        pins: Pins | None,
     ) -> None:
+        self.snapshots, self.pins = parents, pins
         self.parents = store if parent else parents
         self.recipe, self.store, self.steps, self.options = recipe, store, steps, options
         before = None if options.update else recipe_lock.read(recipe.file).get(recipe.type)
@@ -129,7 +143,8 @@ class _Build:
             self.now.trace = _trace_hash(recipe, self.before)
         with ExitStack() as stack:
             who = sandbox.ids() if _needs_sandbox(recipe) else _NOBODY
-            place = Place(self.layers, stack, self.now.epoch, who, self._log())
+            self._pin(who)
+            place = Place(self.layers, stack, self.now.epoch, who, self._log(), pins=self.pins)
             for name, value in self.boot.env:
                 place.env[name] = value
             if recipe.base:
@@ -139,6 +154,16 @@ class _Build:
             if len(self.layers) == self.inherited and not self.layers:
                 raise UserError(f"{recipe.file}: the recipe makes no file at all", "add a [[step]]")
             return self._finish(place)
+
+    def _pin(self, who: sandbox.Ids) -> None:
+        """Find the snapshots that packages come from: the base's, also for the recipes made from it."""
+        if self.recipe.base and self.recipe.base.snapshots:
+            from hostos.image.pins import Pins
+
+            locked = self.before.snapshots if self.before else {}
+            self.pins = Pins.of(self.recipe.base, locked, self.snapshots, who, self.steps)
+        if self.pins:
+            self.now.snapshots = self.pins.hashes
 
     def _log(self) -> Path:
         return self.cache.logs / f"{self.recipe.name.replace('/', '-')}.log"
@@ -174,12 +199,12 @@ class _Build:
             return
         text = found.text
         locked = self._locked(text)
-        parts = {name: str(value) for name, value in vars(found).items()}
-        name = key("base", parts, arch, self.now.epoch)
+        parts = {name: str(value) for name, value in vars(found).items() if name != "snapshots"}
+        name = key("base", parts, arch, self.now.epoch, *self._pinned())
         made = self._known(name, what, locked)
         if made is None:
             with ExitStack() as inner, self.storing() as temporary:
-                tree = base.fetch(found, arch, self.now.epoch, place.who, place.log, inner, self.steps)
+                tree = base.fetch(found, arch, self.now.epoch, place.who, place.log, inner, self.steps, self.pins)
                 build_step.check_lock(tree.packages, locked, f"{self.recipe.file}: {what}")
                 made = self.cache.put(name, self._packed(tree.entries, temporary / "base", arch, tree.packages))
         self.now.packages[text] = made.packages
@@ -201,6 +226,10 @@ class _Build:
             torrent = make_layer_torrent(packed.path, piece_size=default_piece_size(packed.size))
             made = Made((torrent, packed.path), {}, packed.architecture)
             return self.cache.put(name, made) if name else self._keep(made)
+
+    def _pinned(self) -> list[list[str]]:
+        """Snapshots, as a part of a cache key."""
+        return [list(self.pins.hashes.values())] if self.pins else []
 
     def _locked(self, text: str) -> Packages | None:
         """What a base or a step installed last time. Raises UserError if it has to be locked and is not."""
@@ -269,7 +298,10 @@ class _Build:
         below = [torrent.info_hash for torrent, _ in self.layers]
         settings = [sorted(place.env.items()), place.user, place.workdir, self.now.epoch]
         content = build_step.digest(build_step.copied(self.recipe, step)) if step.kind == "copy" else ""
-        name = key(step.kind, step.value, step.network, step.to, step.owner, step.mode, below, settings, content)
+        pinned = self._pinned() if step.kind == "packages" else []
+        name = key(
+            step.kind, step.value, step.network, step.to, step.owner, step.mode, below, settings, content, *pinned
+        )
         made = self._known(name, what, locked, mirrored=step.kind == "packages")
         if made is None:
             with ExitStack() as inner, self.storing() as temporary, self.steps.step(title) as shown:

@@ -19,7 +19,7 @@ BaseKind = Literal["debian", "ubuntu", "arch", "scratch", "directory", "tar", "o
 
 _KEYS = ("name", "from", "base", "boot", "step", "trace", "architecture", "source-date-epoch")
 _BASES = ("debian", "ubuntu", "arch", "scratch", "directory", "tar", "oci", "containerfile")
-_BASE_KEYS = ("packages", "mirror", "components", "variant", "key", "tag")
+_BASE_KEYS = ("packages", "mirror", "snapshot", "components", "variant", "key", "tag")
 _STEPS = ("packages", "run", "copy", "env", "user", "workdir")
 _STEP_KEYS = ("network", "to", "owner", "mode")
 _BOOT_KEYS = ("command", "env", "user", "workdir", "ports")
@@ -45,7 +45,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Base:
-    """Where the first layer comes from. `value`: the suite, or a path; `key`: keyring for the mirror."""
+    """Where the first layer comes from. `value`: the suite, or a path; `key`: keyring for the mirror;
+    `snapshots`: of repositories, from which all packages come instead of from a mirror."""
 
     kind: BaseKind
     value: str
@@ -55,11 +56,13 @@ class Base:
     variant: str = "minbase"
     key: str = ""
     tag: str = ""
+    snapshots: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """What it is in a lock file: everything that decides which packages it has."""
         words = ("base", self.kind, self.value, self.variant, *self.components, *self.packages, self.mirror)
+        words = (*words, *self.snapshots)
         return " ".join(word for word in words if word)
 
 
@@ -261,6 +264,9 @@ class _Reader:
         elif kind in ("directory", "tar", "oci", "containerfile"):
             value = str(self.file.parent / value)
         key = self.word(table, "key", after)
+        snapshots = self.words(table, "snapshot", after)
+        if snapshots and ("mirror" in table or kind not in ("debian", "ubuntu", "arch")):
+            raise self.bad("a snapshot stands for the mirror of debian, ubuntu or arch", "snapshot", after)
         return Base(
             kind,  # type: ignore[arg-type]
             value,
@@ -270,6 +276,7 @@ class _Reader:
             self.word(table, "variant", after) or "minbase",
             str(self.file.parent / key) if key else "",
             self.word(table, "tag", after),
+            snapshots,
         )
 
     def steps(self, tables: list[dict[str, Any]], kind: str) -> Iterable[Step]:

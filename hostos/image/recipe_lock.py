@@ -20,6 +20,7 @@ class Locked:
     """One recipe of a file. `epoch`: no file is later (SOURCE_DATE_EPOCH); `parent`: the image that `source`,
     the recipe's `from`, meant.
 
+    `snapshots`: which image each of the base's snapshots was, by how the recipe names it;
     `packages`: of the base, by what it says, then of each step that installed some, by the step's text;
     `trace`: SHA-256 of the recording; `image`: what came of it all.
     """
@@ -30,6 +31,7 @@ class Locked:
     packages: dict[str, Packages] = field(default_factory=dict)
     trace: str = ""
     image: str = ""
+    snapshots: dict[str, str] = field(default_factory=dict)
 
 
 def path_of(recipe: Path) -> Path:
@@ -64,7 +66,8 @@ def _locked(value: Any) -> Locked:
         for step, found in value["packages"].items()
     }
     texts = {name: str(value[name]) for name in ("parent", "source", "trace", "image")}
-    return Locked(int(value["epoch"]), packages=packages, **texts)
+    snapshots = {str(name): str(image) for name, image in value.get("snapshots", {}).items()}
+    return Locked(int(value["epoch"]), snapshots=snapshots, packages=packages, **texts)
 
 
 def write(recipe: Path, locks: dict[str, Locked]) -> None:
@@ -76,6 +79,7 @@ def write(recipe: Path, locks: dict[str, Locked]) -> None:
             "epoch": lock.epoch,
             "parent": lock.parent,
             "source": lock.source,
+            **({"snapshots": lock.snapshots} if lock.snapshots else {}),
             "packages": {
                 step: {each: [package.version, package.sha256] for each, package in sorted(found.items())}
                 for step, found in sorted(lock.packages.items())

@@ -151,8 +151,9 @@ async def _send(
     *,
     fresh: bool = False,
 ) -> None:
+    most = min(CHUNK, rate.piece) if rate is not None else CHUNK
     while start < end:
-        count = min(CHUNK, end - start)
+        count = min(most, end - start)
         # What has just arrived is in memory; what lies in the store may have to come from a slow disk.
         if fresh:
             data = os.pread(descriptor, count, start)
@@ -183,7 +184,7 @@ async def arriving(answer: FileAnswer, download: Download, sent: Sent) -> web.St
     if download.tainted and not download.verified:
         for name in ("ETag", "Last-Modified", "Accept-Ranges"):
             answer.headers.pop(name, None)
-    descriptor = os.open(download.partial, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(download.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         response = answer.response(part)
         await response.prepare(answer.request)
@@ -192,6 +193,10 @@ async def arriving(answer: FileAnswer, download: Download, sent: Sent) -> web.St
                 while start < end:
                     if available <= start:
                         available = await download.wait(start, generation)
+                    if generation != download.generation:
+                        generation = download.generation
+                        os.close(descriptor)
+                        descriptor = os.open(download.path, os.O_RDONLY | os.O_CLOEXEC)
                     until = min(end, available)
                     await _send(response, descriptor, start, until, sent, fresh=True)
                     start = until

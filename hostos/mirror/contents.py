@@ -11,12 +11,12 @@ from typing import Protocol
 import aiohttp
 
 from hostos.mirror.catalogue import Known
-from hostos.mirror.download import Download, Sources
+from hostos.mirror.download import Download
 from hostos.mirror.errors import UnreachableError
+from hostos.mirror.gathering import Sources
 from hostos.mirror.ledger import Ledger
 from hostos.mirror.peers import Peers
 from hostos.mirror.rate import Rate
-from hostos.mirror.settings import join_address
 from hostos.mirror.sources import MIRROR_TIMEOUT, Source
 from hostos.mirror.store import Store
 
@@ -98,7 +98,7 @@ class Contents:
         await asyncio.shield(download.task)
         if download.error:
             raise download.error
-        return download.partial
+        return download.path
 
     async def _run(self, download: Download) -> None:
         try:
@@ -128,12 +128,8 @@ class Contents:
         finder = self.finder
 
         async def more_peers() -> list[Source]:
-            found = []
-            for host, port in await finder.find(sha256):
-                address = join_address(host, port)
-                if address not in self.peers.known and not self.ledger.is_liar(address):
-                    found.append(self.peers.source(address, sha256, size, by_peer))
-            return found
+            found = self.peers.found(await finder.find(sha256))
+            return [self.peers.source(address, sha256, size, by_peer) for address in found]
 
         return Sources(peers, mirrors, more_peers)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,13 +21,16 @@ from hostos.mirror.cluster import Cluster
 FIND_S = 3.0
 """How long an answer is waited for."""
 ASK_EVERY_S = 0.5
+"""Asked again: a node that has just started knows nobody yet."""
 AGAIN_S = 600.0
 """How long what was found is taken as it was."""
 ANNOUNCE_S = 25 * 60.0
 """Nodes forget an announcement after 30 minutes (BEP 5 leaves it open; libtorrent's own time)."""
 ANNOUNCES_PER_S = 10
 MAX_CACHED = 4096
-POLL_S = 0.05
+MAX_FOUND = 64
+"""Addresses that are taken for one file; anybody may announce anything."""
+POLL_S = 0.02
 
 
 class Finder:
@@ -65,8 +69,10 @@ class Finder:
 
     def announce(self, sha256: str) -> None:
         """Say from now on that this file is here."""
-        if self.port:
-            self._due.setdefault(sha256, 0.0)
+        if self.port and sha256 not in self._due:
+            self._due[sha256] = 0.0
+            # Before all that are announced already, which come in the order in which they are due again.
+            self._due.move_to_end(sha256, last=False)
 
     async def find(self, sha256: str) -> set[tuple[str, int]]:
         """(address, port) of who said that it has the file."""
@@ -75,11 +81,13 @@ class Finder:
             return cached[1]
         key = self.cluster.swarm_key(sha256)
         found = self._waiting.setdefault(key, set())
-        until = time.monotonic() + FIND_S
-        while time.monotonic() < until and not found:
-            # Asked again: a node that has just started knows nobody yet.
-            self.session.dht_get_peers(libtorrent.sha1_hash(key))
-            await asyncio.sleep(ASK_EVERY_S)
+        until = ask = time.monotonic()
+        until += FIND_S
+        while (now := time.monotonic()) < until and not found:
+            if now >= ask:
+                self.session.dht_get_peers(libtorrent.sha1_hash(key))
+                ask = now + ASK_EVERY_S
+            await asyncio.sleep(POLL_S)
         self._waiting.pop(key, None)
         if found:
             self._found[sha256] = (time.monotonic(), found)
@@ -95,7 +103,9 @@ class Finder:
                 if isinstance(alert, libtorrent.dht_get_peers_reply_alert):
                     key = bytes.fromhex(str(alert.info_hash))
                     if (found := self._waiting.get(key)) is not None:
-                        found |= {(str(host), int(port)) for host, port in alert.peers() if self._plausible(host, port)}
+                        said = [(str(host), int(port)) for host, port in alert.peers() if self._plausible(host, port)]
+                        random.shuffle(said)
+                        found.update(said[: MAX_FOUND - len(found)])
             allowance = min(allowance + ANNOUNCES_PER_S * POLL_S, ANNOUNCES_PER_S)
             now = time.monotonic()
             while self._due and allowance >= 1:
@@ -117,4 +127,7 @@ class Finder:
         return 0 < port < 65536 and not address.is_unspecified and (not address.is_loopback or self._on_loopback)
 
     def status(self) -> dict[str, Any]:
-        return {"nodes": [f"{host}:{port}" for host, port in self._nodes], "announced": len(self._due)}
+        return {
+            "nodes": [f"{host}:{port}" for host, port in self._nodes],
+            "announced": sum(due > 0 for due in self._due.values()),
+        }

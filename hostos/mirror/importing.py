@@ -57,6 +57,13 @@ def apt_entries(apt: Path, notes: list[str]) -> Iterator[Apt]:
             yield from _entries(fields, file, valid, date, notes)
 
 
+def urls(text: str, *, deb822: bool) -> Iterator[str]:
+    """Those of a sources.list, or of a file in the deb822 format, that are not switched off."""
+    for fields in (_paragraphs if deb822 else _lines)(text):
+        if fields.get("enabled", "yes").strip().lower() not in _NO:
+            yield from fields.get("uris", "").split()
+
+
 def _lines(text: str) -> Iterator[dict[str, str]]:
     for raw in text.splitlines():
         found = _LINE.fullmatch(raw.partition("#")[0].strip())

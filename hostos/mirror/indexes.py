@@ -48,12 +48,27 @@ def kind_of(path: str) -> str | None:
     return found[1].lower() if found else None
 
 
-def _field(name: bytes) -> re.Pattern[bytes]:
-    return re.compile(rb"^" + name + rb":[ \t]*([^\n]*)", re.M | re.I)
+class Field:
+    """A field of a paragraph. Nearly all archives write its name in the same way, and `find` is ten times as quick
+    as a pattern: a suite has 60 000 paragraphs, and a client waits."""
+
+    def __init__(self, name: str) -> None:
+        self._plain = f"\n{name}:".encode()
+        self._pattern = re.compile(rb"^" + name.encode() + rb":[ \t]*([^\n]*)", re.M | re.I)
+
+    def of(self, text: bytes) -> bytes:
+        """Its first line in `text`, which begins with a new line; empty if it has none."""
+        at = text.find(self._plain)
+        if at >= 0:
+            at += len(self._plain)
+            end = text.find(b"\n", at)
+            return text[at : end if end >= 0 else len(text)].strip()
+        found = self._pattern.search(text)
+        return found[1].strip() if found else b""
 
 
-_FILENAME, _SIZE, _DIGEST = _field(b"Filename"), _field(b"Size"), _field(b"SHA256")
-_PACKAGE, _ARCHITECTURE, _DIRECTORY = _field(b"Package"), _field(b"Architecture"), _field(b"Directory")
+_FILENAME, _SIZE, _DIGEST = Field("Filename"), Field("Size"), Field("SHA256")
+_PACKAGE, _ARCHITECTURE, _DIRECTORY = Field("Package"), Field("Architecture"), Field("Directory")
 _CHECKSUMS = re.compile(rb"^Checksums-Sha256:[^\n]*\n((?:[ \t][^\n]*\n?)*)", re.M | re.I)
 _DOWNLOADS = re.compile(rb"^SHA256-Download:[^\n]*\n((?:[ \t][^\n]*\n?)*)", re.M | re.I)
 
@@ -76,32 +91,29 @@ def opened(path: Path, compression: str) -> Iterator[BinaryIO]:
 
 
 def paragraphs(stream: BinaryIO) -> Iterator[bytes]:
+    """Each begins with a new line."""
     rest = b""
     while block := stream.read(BLOCK):
         *whole, rest = (rest + block).split(b"\n\n")
-        yield from whole
+        for text in whole:
+            yield b"\n" + text
         if len(rest) > MAX_PARAGRAPH:
             raise ValueError("a paragraph without end")
-    yield rest
-
-
-def _first(pattern: re.Pattern[bytes], text: bytes) -> bytes:
-    found = pattern.search(text)
-    return found[1].strip() if found else b""
+    yield b"\n" + rest
 
 
 def packages(stream: BinaryIO, base: str) -> Iterator[FileRow]:
     """File names are relative to the archive's URL, `base`."""
     for text in paragraphs(stream):
-        row = _row(base, _first(_FILENAME, text), _first(_SIZE, text), _first(_DIGEST, text))
+        row = _row(base, _FILENAME.of(text), _SIZE.of(text), _DIGEST.of(text))
         if row:
-            name = _first(_PACKAGE, text) + b":" + _first(_ARCHITECTURE, text)
+            name = _PACKAGE.of(text) + b":" + _ARCHITECTURE.of(text)
             yield FileRow(row.location, row.size, row.sha256, name.decode(errors="replace"))
 
 
 def sources(stream: BinaryIO, base: str) -> Iterator[FileRow]:
     for text in paragraphs(stream):
-        directory = _first(_DIRECTORY, text)
+        directory = _DIRECTORY.of(text)
         listing = _CHECKSUMS.search(text)
         for line in listing[1].splitlines() if listing else ():
             words = line.split()

@@ -13,6 +13,7 @@ from urllib.parse import quote, unquote_to_bytes
 from hostos.mirror.errors import RefusedError
 
 MAX_TARGET = 4096
+_UNUSED = re.compile(r"[\x00-\x20\\\x7f]")
 _TARGET = re.compile(r"[!-~]+")
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?(:[0-9]{1,5})?|\[[0-9a-f:.]+\](:[0-9]{1,5})?")
 _DEFAULT_PORT = {"http": ":80", "https": ":443"}
@@ -50,7 +51,7 @@ def clean_path(path: bytes) -> str:
         text = path.decode()
     except UnicodeDecodeError:
         raise RefusedError(400, "a path that is not UTF-8") from None
-    if any(ord(character) < 33 or character in "\\\x7f" for character in text):
+    if _UNUSED.search(text):
         raise RefusedError(400, "a path with characters that no archive uses")
     parts = [part for part in text.split("/") if part not in ("", ".")]
     if ".." in parts:

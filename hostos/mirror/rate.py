@@ -15,6 +15,11 @@ class Rate:
         self.limit = limit
         self._free_at = 0.0
 
+    @property
+    def piece(self) -> int:
+        """Bytes to take at once, so that they don't come in bursts."""
+        return max(4096, int(self.limit * BURST_S / 2)) if self.limit else 1 << 20
+
     async def take(self, count: int) -> None:
         """Returns when `count` more bytes may have passed."""
         if not self.limit:

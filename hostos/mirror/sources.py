@@ -75,7 +75,7 @@ class Source:
                 proxy=self.proxy or None,
             ) as answer:
                 skip = self._check(answer, start, end)
-                async for data in answer.content.iter_chunked(READ_SIZE):
+                async for data in answer.content.iter_chunked(min(READ_SIZE, self.rate.piece)):
                     await self.rate.take(len(data))
                     self.received(len(data))
                     if skip:

@@ -93,6 +93,14 @@ class Upstreams:
         longest = max((len(each.base) for each in found), default=0)
         return [each for each in found if len(each.base) == longest]
 
+    def keys_of(self, base: str) -> Keys:
+        """By which the apt archive at `base` is checked, of all its entries together."""
+        keys = [each.keys for each in self.apt if each.base == base]
+        return Keys(
+            tuple(dict.fromkeys(file for each in keys for file in each.files)),
+            armored="\n".join(each.armored for each in keys if each.armored),
+        )
+
     def find_pacman(self, location: str) -> Pacman | None:
         return next((each for each in self.pacman if location.startswith(each.base + "/")), None)
 

@@ -19,7 +19,8 @@ from hostos import background
 from hostos.mirror.settings import Settings
 from hostos.mirror.upstreams import Apt, Pacman, Upstreams, save
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 SCALE = float(os.environ.get("HOSTOS_TIMEOUT_SCALE", "1"))
 background.START_DEADLINE = 30.0 * SCALE
 

@@ -1,11 +1,13 @@
 """A web server that can misbehave: the archive's mirror, and peers that lie.
 
-Run as a program (for network namespaces): `python server.py ADDRESS:PORT DIRECTORY`
+Run as a program (for network namespaces): `python server.py ADDRESS:PORT DIRECTORY`; with `--lie`, it is a peer
+that sends zeros for each file of the directory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import socket
 import sys
@@ -39,6 +41,8 @@ class Faults:
     """Wait at this byte of the file until `go` is set."""
     rate: int = 0
     """Bytes per second."""
+    delay: float = 0.0
+    """Seconds until it begins to answer."""
     change: Callable[[bytes], bytes] | None = None
     """What is sent instead of the file."""
     claim: int | None = None
@@ -60,6 +64,8 @@ class Web:
         self.root, self.by_hash = root, by_hash
         self.faults = Faults(only="$^")
         self.log: list[Served] = []
+        self.waiting = self.most_waiting = 0
+        """Requests that are being delayed at the same time."""
         web = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -75,7 +81,7 @@ class Web:
         class Server(ThreadingHTTPServer):
             daemon_threads = True
             request_queue_size = 512
-            address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            address_family = socket.AF_INET6 if address.count(":") > 1 else socket.AF_INET
 
             def handle_error(self, *_: object) -> None:
                 pass
@@ -107,6 +113,11 @@ class Web:
         if faults.down:
             request.close_connection = True
             return
+        if faults.delay:
+            self.waiting += 1
+            self.most_waiting = max(self.most_waiting, self.waiting)
+            time.sleep(faults.delay)
+            self.waiting -= 1
         file = self._find(path)
         if faults.status or file is None:
             said.status = faults.status or 404
@@ -177,8 +188,16 @@ class Web:
         return file if file.is_file() else None
 
 
+def hashes(root: Path) -> dict[str, Path]:
+    """SHA-256 -> file, of everything below `root`."""
+    return {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in root.rglob("*") if path.is_file()}
+
+
 if __name__ == "__main__":
     served = Web(Path(sys.argv[2]), sys.argv[1])
+    if "--lie" in sys.argv:
+        served.by_hash = hashes(served.root).get
+        served.faults = Faults(change=lambda data: bytes(len(data)))
     print("ready", flush=True)
     with contextlib.suppress(BrokenPipeError):
         for _ in sys.stdin:

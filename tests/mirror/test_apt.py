@@ -132,6 +132,25 @@ def test_one_connection_serves_many_requests(cache, web, archive):
     client.close()
 
 
+def test_what_the_client_asks_for_next_is_begun(cache, web, archive, make_client):
+    """apt sends ten requests at once; a mirror that is far away is not waited for once for each."""
+    names = [f"many{number:02}" for number in range(16)]
+    for name in names:
+        archive.add(name, 20_000)
+    archive.publish()
+    client = make_client(cache)
+    client.update()
+    web.faults.only, web.faults.delay = r"many.*\.deb", 0.3
+    client.download(*names)
+    assert client.debs() == {archive.packages[name].name: archive.packages[name].read_bytes() for name in names}
+    assert 2 <= web.most_waiting <= 5
+    assert len(web.asked(r"many.*\.deb")) == len(names)
+    figures = cache.stats()["archives"][web.address]
+    # Fetched for it, if before its turn: not one was there already.
+    assert figures["misses"] >= len(names)
+    assert figures["hits"] == 0
+
+
 def test_many_clients_at_once_and_one_fetch(cache, web, archive):
     deb = archive.packages["large"]
     web.faults.only, web.faults.pause_at = r"large.*\.deb", 1_000_000

@@ -82,6 +82,40 @@ def test_a_file_that_changes_while_it_is_fetched(cache, web, archive):
     assert cache.get(url_of(web, deb)).body == good
 
 
+def test_a_file_that_is_replaced_while_it_is_resumed(cache, web, archive):
+    """The beginning of one and the end of another are no package; what is signed comes from the beginning."""
+    deb = archive.packages["large"]
+    good = deb.read_bytes()
+    count = 0
+
+    def change(data: bytes) -> bytes:
+        nonlocal count
+        count += 1
+        return bytes(len(data)) if count == 2 else data
+
+    web.faults.only, web.faults.cut_at, web.faults.change = r"large.*\.deb", 2_500_000, change
+    first = cache.get(url_of(web, deb))
+    assert not first.whole or first.body == good
+    assert count >= 3
+    assert cache.get(url_of(web, deb)).body == good
+    assert {path.read_bytes() for path in cache.held() if path.stat().st_size == len(good)} == {good}
+
+
+def test_an_index_that_changes_between_the_release_and_it(cache, web, archive):
+    """The client goes by the Release it has; the mirror has moved on, and keeps the old one by its hash."""
+    index = f"{web.url}/dists/stable/main/binary-amd64/Packages.xz"
+    old = (web.root / "dists/stable/main/binary-amd64/Packages.xz").read_bytes()
+    assert cache.get(f"{web.url}/dists/stable/InRelease").status == 200
+    archive.add("new")
+    archive.publish()
+    answer = cache.get(index)
+    assert (answer.status, answer.body) == (200, old)
+    time.sleep(2.1)
+    assert cache.get(f"{web.url}/dists/stable/InRelease").status == 200
+    assert cache.get(index).body == (web.root / "dists/stable/main/binary-amd64/Packages.xz").read_bytes()
+    assert cache.get(url_of(web, archive.packages["new"])).status == 200
+
+
 def test_a_mirror_whose_file_has_another_size(cache, web, archive):
     deb = archive.packages["middle"]
     web.faults.only, web.faults.change = r"middle.*\.deb", lambda data: data + b"more"

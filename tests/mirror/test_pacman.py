@@ -7,16 +7,23 @@ import shutil
 import subprocess
 import tarfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 
+from hostos.errors import UserError
+from hostos.image import builder, recipe_lock, verifying
+from hostos.image.layers import read_image
+from hostos.image.store import Store
 from hostos.mirror import importing
 from hostos.mirror.upstreams import Pacman
+from hostos.steps import Steps
 from mirror.cache import Cache
 from mirror.server import Web
+from mirror.test_recipes import place  # noqa: F401
 
 LACKING = [tool for tool in ("pacman", "repo-add", "pacman-key", "pacman-conf") if shutil.which(tool) is None]
 pytestmark = [
@@ -216,3 +223,32 @@ def test_import_of_repositories(repository, tmp_path):
     found = list(importing.pacman_entries(notes, client.root / "etc/pacman.conf"))
     assert found == [Pacman("core", "x86_64", ("https://m.example/core/os/x86_64",), str(repository.home))]
     assert notes == []
+
+
+def test_a_recipe_builds_from_a_snapshot(cache, repository, server, place, tmp_path, monkeypatch):  # noqa: F811
+    """By pacman, of what the cache has of the repository, with the signatures checked, and nobody asked."""
+    Client(tmp_path / "one", repository, [f"{cache.proxy}/pacman/core/x86_64"]).installs("first")
+    done = cache.hostos("publish", "core", "--name", "arch/core")
+    assert "1 packages of 2" in done.stderr
+    cache.stop()
+    server.faults.only, server.faults.down = ".*", True
+    asked = len(server.log)
+    monkeypatch.setenv("HOSTOS_HOME", str(cache.home))
+    recipe = place / "r.toml"
+    text = (
+        'name = "test/arch"\n[base]\narch = true\nvariant = "unsigned"\nsnapshot = "arch/core"\npackages = ["first"]\n'
+    )
+    recipe.write_text(text)
+    made = builder.build(recipe, "", Steps(), builder.Options())
+    with ExitStack() as stack:
+        paths = {entry.path for entry in read_image(Store(), made.image, stack, Steps()).entries()}
+    assert b"opt/first" in paths
+    assert recipe_lock.read(recipe)[""].snapshots == {"arch/core": done.stdout.strip()}
+    assert verifying.verify(recipe, "", Steps()) == made.image.hash
+    recipe.write_text(text.replace('"first"', '"second"'))
+    with pytest.raises(UserError, match="building the base arch failed"):
+        builder.build(recipe, "", Steps(), builder.Options())
+    recipe.write_text(text.replace("arch = true", 'debian = "stable"'))
+    with pytest.raises(UserError, match="is one of pacman's"):
+        builder.build(recipe, "", Steps(), builder.Options())
+    assert len(server.log) == asked

@@ -77,6 +77,8 @@ def test_a_recipe_names_another_file(tmp_path: Path) -> None:
         ('from = "a"\nnmae = "b"\n', r"r\.toml:2: a recipe has no key 'nmae'"),
         ('from = "a"\n\n[[step]]\nrun = "x"\n[[step]]\nrun = "x"\ncommand = "y"\n', r":7: a step has no key 'command'"),
         ('from = "a"\n[boot]\nprivileged = true\n', r":3: boot has no key 'privileged'"),
+        ('[base]\nscratch = true\nsnapshot = "x"\n', r":3: a snapshot stands for the mirror"),
+        ('[base]\ndebian = "trixie"\nsnapshot = [1]\n', r":3: snapshot is not a text or a list of texts"),
         ('[base]\ndebian = "trixie"\nmirrors = "x"\n', r":3: base has no key 'mirrors'"),
         ('[base]\ndebian = "trixie"\nscratch = true\n', r":1: a base has one of"),
         ('from = "a"\n[base]\nscratch = true\n', r":1: a recipe has either"),
@@ -121,8 +123,9 @@ def test_a_lock_is_read_as_it_was_written(tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     assert recipe_lock.read(recipe) == {}
     lock = Locked(7, "a" * 64, "from", {"base": {"libc6": Package("2.41-1", "ab"), "apt": Package("3", "")}}, "t", "i")
-    recipe_lock.write(recipe, {"": lock, "Other": Locked(1)})
-    assert recipe_lock.read(recipe) == {"": lock, "Other": Locked(1)}
+    other = Locked(1, snapshots={"steve/core": "b" * 64})
+    recipe_lock.write(recipe, {"": lock, "Other": other})
+    assert recipe_lock.read(recipe) == {"": lock, "Other": other}
     # One package, one line.
     assert '"libc6": ["2.41-1", "ab"]' in recipe_lock.path_of(recipe).read_text()
     for damaged in ("{", "[]", '{"kind": "hostos-recipe-lock", "schema": 1, "recipes": {"": {}}}'):
