@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from pathlib import Path
 
 from hostos.build.run import require, run
 from hostos.errors import UserError
 from hostos.export import uki
 from hostos.export.medium import EPOCH, Medium
+from hostos.export.place import beside
 
 GRUB = Path("/usr/lib/grub/i386-pc")
 MODULES = ("biosdisk", "iso9660", "part_msdos", "part_gpt", "linux", "normal", "configfile", "search", "search_label",
            "echo", "serial", "terminal")  # fmt: skip
 LABEL = "HOSTOS"
+COPIES = 5.1
+"""How often kernel and initrd lie on the disk while a medium is made."""
 _MIB = 1 << 20
 # FAT's own tables, and some room.
 _ROOM = 2 * _MIB
@@ -37,8 +39,7 @@ def write(medium: Medium, target: Path) -> None:
     for file in (GRUB / "boot_hybrid.img", GRUB / "cdboot.img"):
         if not file.is_file():
             raise UserError(f"{file} is not there", "apt-get install grub-pc-bin")
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".iso-") as directory:
-        work = Path(directory)
+    with beside(target) as work:
         tree = work / "tree"
         (tree / "boot/grub").mkdir(parents=True)
         shutil.copyfile(medium.kernel, tree / "boot/bzImage")
@@ -47,22 +48,8 @@ def write(medium: Medium, target: Path) -> None:
         early = work / "early.cfg"
         early.write_text(_EARLY)
         loader = tree / "boot/grub/bios.img"
-        run(
-            [
-                "grub-mkimage",
-                "-O",
-                "i386-pc-eltorito",
-                "-d",
-                GRUB,
-                "-p",
-                "/boot/grub",
-                "-c",
-                early,
-                "-o",
-                loader,
-                *MODULES,
-            ]
-        )
+        run(["grub-mkimage", "-O", "i386-pc-eltorito", "-d", GRUB, "-p", "/boot/grub", "-c", early, "-o", loader,
+             *MODULES])  # fmt: skip
         esp = _efi_partition(medium, work)
         # Of what is on it: no two media are taken for each other, and the same one is the same.
         identity = hashlib.sha256(esp.read_bytes() + loader.read_bytes()).hexdigest()
@@ -88,8 +75,8 @@ def write(medium: Medium, target: Path) -> None:
 _TIME = {"SOURCE_DATE_EPOCH": str(EPOCH), "TZ": "UTC"}
 
 
-def grub_config(medium: Medium) -> str:
-    """GRUB's menu of one entry, started at once. What it says stands on the serial line, too."""
+def grub_config(medium: Medium, place: str = "/boot") -> str:
+    """GRUB's menu of one entry, started at once; the files are in `place`. It talks on the serial line, too."""
     # Inside single quotes GRUB takes everything as it is; there is no way to write one.
     if "'" in medium.command_line:
         raise UserError("the kernel command line of a medium cannot have a ' in it")
@@ -98,8 +85,8 @@ def grub_config(medium: Medium) -> str:
 terminal_input console serial
 terminal_output console serial
 echo '{medium.label}'
-linux /boot/bzImage {words}
-initrd /boot/initrd.gz
+linux {place}/bzImage {words}
+initrd {place}/initrd.gz
 boot
 """
 
