@@ -268,36 +268,21 @@ TIERS["all"] = [*TIERS["fast"], *TIERS["slow"]]
 @task(
     help={
         "tier": "fast (what a person waits for, default), machines (faults, soak), networks (swarms, builds, docs), "
-        "slow (both of these) or all"
+        "slow (both of these) or all",
+        "metal": "build the OS for real machines first (one more kernel): its tests are skipped without",
     }
 )
-def test(context: Context, tier: str = "fast") -> None:  # noqa: PT028
+def test(context: Context, tier: str = "fast", metal: bool = False) -> None:  # noqa: PT028
     """Lint, types and tests. Builds the OS first if it must."""
     if tier not in TIERS:
         raise Exit(f"invoke: unknown tier {tier!r}\n  hint: one of: {', '.join(TIERS)}", code=2)
     build(context)
-    if _MACHINES in TIERS[tier]:
-        _metal_if_compiled()
+    if metal:
+        build(context, profile="metal")
     if tier in ("fast", "all"):
         context.run("ruff check . && ruff format --check . && mypy", echo=True)
     for markers in TIERS[tier]:
         context.run(f"{sys.executable} -m pytest tests -m '{markers}'", echo=True, pty=sys.stdout.isatty())
-
-
-def _metal_if_compiled() -> None:
-    """The OS for real machines: its tests are skipped without it. Only if that is a matter of seconds."""
-    from hostos.build import os_build
-    from hostos.build.engines.debian import DebianEngine
-    from hostos.build.profile import load_profile
-
-    if HOST != "x86_64":
-        return
-    try:
-        os_build.build(
-            load_profile("metal", HOST), DebianEngine(locked=True, compile=False), Steps(Talk()), Path("dist")
-        )
-    except UserError as error:
-        print(f"tests of real machines' drivers are skipped: {error}", file=sys.stderr)
 
 
 @task(help={"rounds": "how often each side is measured (default: 5)"})

@@ -39,11 +39,11 @@ class Kernel:
     config: Path
 
 
-def build(profile: Profile, source_package: Path, step: Step, *, compile: bool = True) -> Kernel:
+def build(profile: Profile, source_package: Path, step: Step) -> Kernel:
     """Compile the kernel of `profile`, or take it from the cache.
 
     `source_package`: Debian's linux-source .deb. Raises `UserError` when a requested symbol did not
-    survive, a tool is missing, the compilation fails, or it is not in the cache and is not to `compile`.
+    survive, a tool is missing or the compilation fails.
     """
     fragment = linux_config(profile)
     key = cache.digest(
@@ -58,10 +58,6 @@ def build(profile: Profile, source_package: Path, step: Step, *, compile: bool =
     if found := cache.find("kernel", key):
         step.detail = "cached"
         return _kernel(found, profile.arch)
-    if not compile:
-        raise UserError(
-            f"the kernel of profile {profile.name} has not been compiled here", f"invoke build --profile {profile.name}"
-        )
     with cache.alone("kernel", step):
         # Whoever was waited for may have made it.
         if cache.find("kernel", key) is None:

@@ -154,7 +154,7 @@ MANAGERS = """
 name = "test/managers"
 from = "test/system"
 [[step]]
-packages = ["ifupdown", "network-manager"]
+packages = ["ifupdown", "dhcpcd-base", "network-manager"]
 [[step]]
 run = [
   "printf '[Match]\\nName=*\\n[Network]\\nDHCP=yes\\n' > /etc/systemd/network/05-all.network",
@@ -181,8 +181,10 @@ def test_it_survives_the_images_own_network_managers(
         assert said(hostos, "systemctl", "is-active", service) == "active"
         assert said(hostos, "ip -4 -o addr show eth0; ip route show default") == address
     assert "unmanaged" in said(hostos, "nmcli -t -f DEVICE,STATE device | grep eth0")
-    said(hostos, "ifdown eth0 2>&1 || true; networkctl reload; networkctl reconfigure eth0")
+    assert "already configured" in said(hostos, "ifup eth0 2>&1")
+    said(hostos, "networkctl reload; networkctl reconfigure eth0; udevadm trigger -c add /sys/class/net/eth0")
     time.sleep(5)
+    assert said(hostos, "ip -4 -o addr show eth0; ip route show default") == address
     path, digest = cold_file(archive)
     assert said(hostos, "sha256sum", path).split()[0] == digest
     # Its daemons stop before its file systems are written back: the root must be there to the end.

@@ -31,19 +31,17 @@ HELPERS = "usr/lib/systemd"
 
 @dataclass(frozen=True)
 class DebianEngine:
-    """`update` renews the lock, `locked` refuses to leave it; without `compile` a kernel that is not in the
-    cache is refused, too."""
+    """`update` renews the lock, `locked` refuses to leave it."""
 
     update: bool = False
     locked: bool = False
-    compile: bool = True
     name: str = "debian"
 
     def build(self, profile: Profile, steps: Steps) -> Built:
         require_compiler(profile.arch)
         obtained = lock.obtain(profile, steps, update=self.update, locked=self.locked)
         with steps.step("kernel") as step:
-            compiled = kernel.build(profile, obtained.kernel_source, step, compile=self.compile)
+            compiled = kernel.build(profile, obtained.kernel_source, step)
             step.detail = ", ".join(filter(None, (compiled.version, step.detail)))
         with steps.step("root file system") as step:
             tree = root_tree(profile, obtained, step)

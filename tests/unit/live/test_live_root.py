@@ -123,6 +123,7 @@ def test_every_manager_of_networks_is_told(image):
     assert "KeepConfiguration=yes" in text
     assert "managed=0" in (image / "run/NetworkManager/conf.d/00-hostos.conf").read_text()
     assert (image / "run/network/ifstate").read_text() == "eth0=eth0\n"
+    assert (image / "run/network/ifstate.eth0").read_text() == "eth0\n"
     assert str((image / "etc/resolv.conf").readlink()) == "/run/hostos/resolv.conf"
 
 
