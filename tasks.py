@@ -268,14 +268,17 @@ TIERS["all"] = [*TIERS["fast"], *TIERS["slow"]]
 @task(
     help={
         "tier": "fast (what a person waits for, default), machines (faults, soak), networks (swarms, builds, docs), "
-        "slow (both of these) or all"
+        "slow (both of these) or all",
+        "metal": "build the OS for real machines first (one more kernel): its tests are skipped without",
     }
 )
-def test(context: Context, tier: str = "fast") -> None:  # noqa: PT028
+def test(context: Context, tier: str = "fast", metal: bool = False) -> None:  # noqa: PT028
     """Lint, types and tests. Builds the OS first if it must."""
     if tier not in TIERS:
         raise Exit(f"invoke: unknown tier {tier!r}\n  hint: one of: {', '.join(TIERS)}", code=2)
     build(context)
+    if metal:
+        build(context, profile="metal")
     if tier in ("fast", "all"):
         context.run("ruff check . && ruff format --check . && mypy", echo=True)
     for markers in TIERS[tier]:

@@ -18,7 +18,6 @@ def chosen(options: UpOptions, machine: str, text: str | None, peers: tuple[str,
     Raises UserError: malformed, unknown, nobody to ask, or for another architecture.
     """
     from hostos.cli import live
-    from hostos.machine import os_image
     from hostos.machine.instance import Instance
     from hostos.machine.plan import remembered_options
 
@@ -26,20 +25,31 @@ def chosen(options: UpOptions, machine: str, text: str | None, peers: tuple[str,
         if peers:
             raise UserError("--peer without --root", "name an image: --root HASH")
         return replace(options, root=text)
+    instance = Instance.named(machine)
+    remembered = remembered_options(instance) if instance.exists() else None
     if text is None:
-        instance = Instance.named(machine)
-        text = remembered_options(instance).root if instance.exists() else None
+        text = remembered.root if remembered else None
         if text in (None, root.NONE):
             raise UserError("--peer without --root", "name an image: --root HASH")
     assert text is not None
     addresses = [peer for peer in peers if "://" not in peer]
     gateways = [peer for peer in peers if "://" in peer]
     wanted = live.resolve(text, tuple(addresses), tuple(gateways))
-    if wanted.bundle:
-        own, image = os_image.host_arch(), wanted.bundle.manifest.architecture
-        if image not in (own, "any"):
-            raise UserError(f"the image is for {image}, this machine is {own}", "ask for an image of this architecture")
+    own = _architecture(options.over(remembered) if remembered else options)
+    if wanted.index is not None:
+        wanted = wanted.for_machine(own)
+    if wanted.bundle and (image := wanted.bundle.manifest.architecture) not in (own, "any"):
+        raise UserError(f"the image is for {image}, this machine is {own}", f"a machine for it: --arch {image}")
     return replace(options, root=wanted.image, peers=(*wanted.peers, *(wanted.gateways if gateways else ())) or None)
+
+
+def _architecture(options: UpOptions) -> str:
+    """Of the machine that these options start. Raises UserError: there is no such OS build."""
+    from hostos.machine import os_image
+
+    if options.os is not None:
+        return os_image.find(options.os).arch
+    return options.arch or os_image.host_arch()
 
 
 def find(image: str, peers: tuple[str, ...], start: bool) -> root.Source:

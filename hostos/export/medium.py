@@ -26,6 +26,11 @@ class Medium:
     command_line: str
     label: str
 
+    @property
+    def size(self) -> int:
+        """Bytes of kernel and initrd."""
+        return self.kernel.stat().st_size + self.initrd.stat().st_size
+
 
 def plan(
     image: OsImage,

@@ -58,6 +58,16 @@ class Inside:
         with os.fdopen(file, "rb") as stream:
             return stream.read(MOST) if stat.S_ISREG(os.fstat(file).st_mode) else b""
 
+    def fetch(self, path: str, most: int) -> None:
+        """Read a file, the first `most` bytes of it, for the sake of having it here."""
+        file = syscalls.open_in_root(self._root, path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            if stat.S_ISREG(os.fstat(file).st_mode):
+                while most > 0 and (data := os.read(file, min(most, MOST))):
+                    most -= len(data)
+        finally:
+            os.close(file)
+
     def target(self, path: str) -> str:
         """Where a link leads, as it is written; "" if it is none."""
         parent, _, name = path.rpartition("/")

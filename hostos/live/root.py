@@ -46,19 +46,33 @@ RETRY = 5.0
 RUN = Path("/run/hostos")
 HANDED_OVER = Path("/proc/1/root")
 """Where the root is found from here on: it is mounted over this system, below which nothing can be seen."""
-READ_LATER = 30.0
-"""Seconds after the start at which what it takes to power off is fetched, so that it works without peers, too."""
+READ_LATER = (30.0, 120.0, 600.0)
+"""Seconds after the start at which what it takes to power off is fetched, so that it works without peers, too: a
+system takes its time to start what it will have to end. What is here already is not fetched again."""
 TO_POWER_OFF = (
     "usr/lib/systemd/systemd-shutdown",
     "usr/bin/systemctl",
+    "usr/bin/umount",
     "usr/lib/systemd/systemd-executor",
-    "usr/lib/systemd/system/poweroff.target",
-    "usr/lib/systemd/system/systemd-poweroff.service",
-    "usr/lib/systemd/system/reboot.target",
-    "usr/lib/systemd/system/systemd-reboot.service",
-    "usr/lib/systemd/system/final.target",
-    "usr/lib/systemd/system/umount.target",
+    "usr/lib/systemd/systemd-random-seed",
+    "usr/lib/systemd/systemd-update-utmp",
+    "usr/lib/systemd/systemd-user-sessions",
+    *(
+        f"usr/lib/systemd/system/{unit}"
+        for unit in (
+            "poweroff.target",
+            "systemd-poweroff.service",
+            "reboot.target",
+            "systemd-reboot.service",
+            "shutdown.target",
+            "final.target",
+            "umount.target",
+        )
+    ),
+    *(f"usr/lib/systemd/user/{unit}" for unit in ("exit.target", "systemd-exit.service", "shutdown.target")),
 )
+MOST_OF_A_PROGRAM = 16 << 20
+"""Bytes of each running program and library that are fetched, too: how it ends, it has never run before."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +153,11 @@ class Root:
         (RUN / "root.mounted").touch()
         await in_thread(_hand_over, RUN / "root.fifo", f"/{init} {container.root}\n")
         container.root, container.is_system = HANDED_OVER, True
-        await trio.sleep(READ_LATER)
-        await in_thread(_read_all, root)
+        began = trio.current_time()
+        for later in READ_LATER:
+            await trio.sleep_until(began + later)
+            await in_thread(_read_all, root)
+        root.close()
 
     async def _try(self, operations: Operations) -> Container:
         """Raises UserError, OSError."""
@@ -242,10 +259,22 @@ def _hand_over(fifo: Path, answer: str) -> None:
 
 
 def _read_all(root: Inside) -> None:
-    for path in TO_POWER_OFF:
+    for path in dict.fromkeys((*TO_POWER_OFF, *running_programs())):
         with suppress(OSError):
-            root.read(path)
-    root.close()
+            root.fetch(path, MOST_OF_A_PROGRAM)
+
+
+def running_programs(proc: Path = Path("/proc")) -> list[str]:
+    """Paths of the programs and libraries that any process has in its memory, most important first: init's."""
+    found: dict[str, None] = {}
+    for process in sorted(int(path.name) for path in proc.iterdir() if path.name.isdigit()):
+        with suppress(OSError):
+            for line in (proc / str(process) / "maps").read_text(errors="surrogateescape").splitlines():
+                # address permissions offset device inode path (proc_pid_maps(5))
+                _, permissions, _, _, _, *path = line.split(maxsplit=5)
+                if "x" in permissions and path and path[0].startswith("/"):
+                    found[path[0][1:]] = None
+    return list(found)
 
 
 def main() -> int:

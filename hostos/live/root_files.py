@@ -93,7 +93,8 @@ def keep_network(root: Inside, interface: str, servers: list[str]) -> None:
         "run/NetworkManager/conf.d/00-hostos.conf",
         f"[device-hostos]\nmatch-device=interface-name:{interface}\nmanaged=0\n",
     )
-    # ifupdown: up already, and not to be taken down.
+    # ifupdown: up already, and not to be taken down. One file for each card; older ones have one for all.
+    root.write(f"run/network/ifstate.{interface}", f"{interface}\n")
     root.write("run/network/ifstate", f"{interface}={interface}\n")
     root.write("run/systemd/system/networking.service.d/hostos.conf", "[Service]\nExecStop=\n")
     # Not where a resolver of its own answers.

@@ -1,16 +1,10 @@
-"""Machines whose own system is an image: a real Debian from a real seed, in QEMU; and media that do the same.
-
-HOSTOS_TEST_SYSTEM names another tar archive of a system than the quick start's (systemd and openssh-server in it).
-"""
+"""Machines whose own system is an image: a real Debian from a real seed, in QEMU."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
@@ -20,26 +14,15 @@ from typing import Any
 import pytest
 
 from hostos.machine.options import timeout_scale
-from hostos.quickstart import demonstration_image
-from hostos.steps import Steps
 
 pytestmark = [pytest.mark.boot, pytest.mark.fault, pytest.mark.timeout(3600)]
-REPOSITORY = Path(__file__).parents[2]
-OVMF = (Path("/usr/share/OVMF/OVMF_CODE_4M.fd"), Path("/usr/share/OVMF/OVMF_VARS_4M.fd"))
 # Fetched by nothing that a boot does.
 COLD = "usr/share/i18n/locales/POSIX", "usr/bin/perl"
-MEDIUM_SECONDS = 240.0
 
 
 @pytest.fixture(scope="module")
-def archive() -> Path:
-    named = os.environ.get("HOSTOS_TEST_SYSTEM")
-    return Path(named) if named else demonstration_image(Steps())
-
-
-@pytest.fixture(scope="module")
-def image(session_hostos: Any, archive: Path) -> Iterator[str]:
-    yield session_hostos("image", "publish", archive, "--name", "test/system").ok().out.strip()
+def image(session_hostos: Any, system: str) -> Iterator[str]:
+    yield system
     session_hostos("kill")
     session_hostos("seed", "stop")
 
@@ -140,76 +123,88 @@ def test_nobody_has_it(hostos: Any) -> None:
     assert hostos.up("--root", missing, "--peer", "127.0.0.1:9", "--persist").status == 2
 
 
-@pytest.fixture(scope="module")
-def metal() -> Path:
-    directory = Path(os.environ.get("HOSTOS_TEST_METAL", REPOSITORY / "dist" / "metal-x86_64"))
-    if not (directory / "manifest.json").is_file():
-        pytest.skip("needs the OS for real machines (invoke build --profile metal)")
-    return directory
-
-
-@pytest.mark.parametrize(("firmware", "card"), [("BIOS", "e1000e"), ("UEFI", "igb")])
-def test_a_medium_boots_a_machine(
-    session_hostos: Any, image: str, metal: Path, tmp_path: Path, firmware: str, card: str
-) -> None:
-    """With nothing but the medium: no -kernel, no archive, no virtio."""
+def test_it_powers_off_in_time_without_its_peer(session_hostos: Any, image: str) -> None:
     hostos = session_hostos
-    if firmware == "UEFI" and not OVMF[0].is_file():
-        pytest.skip("needs UEFI firmware for QEMU (apt-get install ovmf)")
-    shown = subprocess.run(["qemu-system-x86_64", "-device", "help"], capture_output=True, text=True, check=True).stdout
-    if f'"{card}"' not in shown:
-        card = "e1000e"
-    key = tmp_path / "key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-    port = json.loads(hostos("seed", "start", "--json").ok().out)["port"]
-    # This host, as user networking calls it.
-    words = ("--os", metal, "--peer", f"10.0.2.2:{port}", "--key", f"{key}.pub", "--hostname", "bare", "--usb")
-    hostos("export", image, *words, tmp_path / "medium.img").ok()
-    log = tmp_path / "serial.log"
-    with subprocess.Popen(_qemu(firmware, card, tmp_path), stdin=subprocess.DEVNULL) as machine:
-        try:
-            until = time.monotonic() + MEDIUM_SECONDS * timeout_scale()
-            while True:
-                text = log.read_text(errors="replace") if log.exists() else ""
-                assert machine.poll() is None, text
-                assert time.monotonic() < until, text[-3000:]
-                login = ["ssh", "-i", str(key), "-p", str(_port(machine.pid)), "-o", "StrictHostKeyChecking=no",
-                         "-o", "UserKnownHostsFile=/dev/null", "-o", "ConnectTimeout=20", "-o", "BatchMode=yes",
-                         "root@127.0.0.1", "hostname; cat /proc/1/comm /sys/class/net/eth0/device/uevent"]  # fmt: skip
-                done = subprocess.run(login, capture_output=True, text=True, check=False)
-                if done.returncode == 0:
-                    break
-                time.sleep(2)
-            assert done.stdout.splitlines()[:2] == ["bare", "systemd"]
-            assert f"DRIVER={card}" in done.stdout
-        finally:
-            machine.send_signal(signal.SIGKILL)
+    up(hostos, "--root", image).ok()
+    # What that takes is fetched by then (docs/root.md).
+    time.sleep(35 * timeout_scale())
+    hostos("seed", "stop").ok()
+    began = time.monotonic()
+    done = hostos("down", "--json", timeout=300).json()
+    hostos("seed", "start").ok()
+    assert done["clean"]
+    assert time.monotonic() - began < 60 * timeout_scale()
 
 
-def _qemu(firmware: str, card: str, place: Path) -> list[str]:
-    variables = place / "vars.fd"
-    pflash = []
-    if firmware == "UEFI":
-        shutil.copyfile(OVMF[1], variables)
-        pflash = [
-            "-drive", f"if=pflash,format=raw,readonly=on,file={OVMF[0]}",
-            "-drive", f"if=pflash,format=raw,file={variables}",
-        ]  # fmt: skip
-    return [
-        "qemu-system-x86_64", "-machine", "q35", "-cpu", "max", "-smp", "2", "-m", "1024", "-nodefaults",
-        "-display", "none", "-vga", "std", *pflash,
-        "-device", "qemu-xhci", "-drive", f"if=none,id=stick,format=raw,readonly=on,file={place / 'medium.img'}",
-        "-device", "usb-storage,drive=stick,bootindex=1",
-        "-netdev", "user,id=net0,hostfwd=tcp:127.0.0.1:0-:22", "-device", f"{card},netdev=net0,romfile=",
-        "-serial", f"file:{place / 'serial.log'}",
-    ]  # fmt: skip
+def test_a_suspended_machine_goes_on_reading(session_hostos: Any, image: str, archive: Path) -> None:
+    hostos = session_hostos
+    up(hostos, "--root", image).ok()
+    said(hostos, "echo here > /run/note; touch /root/note")
+    hostos("suspend").ok()
+    assert hostos.qemus() == []
+    assert "state loaded" in hostos("up", timeout=600).ok().err
+    assert said(hostos, "cat", "/run/note") == "here"
+    path, digest = cold_file(archive)
+    assert said(hostos, "sha256sum", path).split()[0] == digest
+    assert hostos("down", "--json").json()["clean"]
 
 
-def _port(pid: int) -> int:
-    """Where QEMU listens for the guest's sshd (port 0 on its command line: any)."""
-    import psutil
+# Each takes every network card it finds, as a careless image's does.
+MANAGERS = """
+name = "test/managers"
+from = "test/system"
+[[step]]
+packages = ["ifupdown", "dhcpcd-base", "network-manager"]
+[[step]]
+run = [
+  "printf '[Match]\\nName=*\\n[Network]\\nDHCP=yes\\n' > /etc/systemd/network/05-all.network",
+  "printf 'auto eth0\\niface eth0 inet dhcp\\n' >> /etc/network/interfaces",
+  "systemctl enable systemd-networkd networking NetworkManager",
+]
+"""
 
-    found = [
-        each.laddr.port for each in psutil.Process(pid).net_connections("tcp4") if each.status == psutil.CONN_LISTEN
-    ]
-    return int(found[0]) if found else 9
+
+@pytest.mark.skipif(not shutil.which("mmdebstrap"), reason="packages come from a mirror: needs mmdebstrap")
+def test_it_survives_the_images_own_network_managers(
+    session_hostos: Any, image: str, archive: Path, tmp_path: Path
+) -> None:
+    """systemd-networkd, NetworkManager and ifupdown, each of which would take the card the root comes over."""
+    hostos = session_hostos
+    (tmp_path / "managers.toml").write_text(MANAGERS)
+    hostos("image", "build", tmp_path / "managers.toml", timeout=1200).ok()
+    up(hostos, "--root", "test/managers").ok()
+    address = said(hostos, "ip -4 -o addr show eth0; ip route show default")
+    assert "10.0.2.15/" in address
+    for service in ("systemd-networkd", "NetworkManager", "networking"):
+        said(hostos, f"systemctl is-active {service} && systemctl restart {service}")
+        # It is up, does not manage the card, and the card has what it had.
+        assert said(hostos, "systemctl", "is-active", service) == "active"
+        assert said(hostos, "ip -4 -o addr show eth0; ip route show default") == address
+    assert "unmanaged" in said(hostos, "nmcli -t -f DEVICE,STATE device | grep eth0")
+    assert "already configured" in said(hostos, "ifup eth0 2>&1")
+    said(hostos, "networkctl reload; networkctl reconfigure eth0; udevadm trigger -c add /sys/class/net/eth0")
+    time.sleep(5)
+    assert said(hostos, "ip -4 -o addr show eth0; ip route show default") == address
+    path, digest = cold_file(archive)
+    assert said(hostos, "sha256sum", path).split()[0] == digest
+    # Its daemons stop before its file systems are written back: the root must be there to the end.
+    assert hostos("down", "--json").json()["clean"]
+
+
+def test_an_image_for_another_architecture_is_refused(session_hostos: Any, hostos: Any, tmp_path: Path) -> None:
+    """By the host, which has it and changes nothing; else by the machine, once it has seen what it is."""
+    (tmp_path / "sbin").mkdir()
+    (tmp_path / "sbin/init").write_text("#!/bin/sh\n")
+    foreign = "x86_64" if hostos.arch == "aarch64" else "aarch64"
+    words = ("image", "publish", tmp_path, "--name", "other", "--arch", foreign)
+    other = session_hostos(*words).ok().out.strip()
+    refused = session_hostos("up", "-m", "foreign", "--os", hostos.os_dir, "--root", other)
+    assert refused.status == 2
+    assert f"the image is for {foreign}, this machine is {hostos.arch}" in refused.err
+    assert not session_hostos.directory("foreign").exists()
+    port = session_hostos("seed", "start", "--json").json()["port"]
+    failed = hostos.up("--root", other, "--peer", f"127.0.0.1:{port}")
+    session_hostos("seed", "stop")
+    assert failed.status == 1
+    assert f"the image is for {foreign}, this machine is {hostos.arch}" in failed.err
+    assert hostos.qemus() == []

@@ -1,13 +1,14 @@
 """What the kernel command line asks for, and what an image is given to become a machine's system."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from hostos.errors import UserError
 from hostos.live import root_files
 from hostos.live.inside import Inside
-from hostos.live.root import DEADLINE, parse
+from hostos.live.root import DEADLINE, parse, running_programs
 
 HASH = "ab" * 32
 
@@ -157,6 +158,7 @@ def test_every_manager_of_networks_is_told(image):
     assert "KeepConfiguration=yes" in text
     assert "managed=0" in (image / "run/NetworkManager/conf.d/00-hostos.conf").read_text()
     assert (image / "run/network/ifstate").read_text() == "eth0=eth0\n"
+    assert (image / "run/network/ifstate.eth0").read_text() == "eth0\n"
     assert str((image / "etc/resolv.conf").readlink()) == "/run/hostos/resolv.conf"
 
 
@@ -166,3 +168,34 @@ def test_a_resolver_of_the_image_keeps_its_own_file(image):
     with Inside(image) as root:
         root_files.keep_network(root, "eth0", ["10.0.2.3"])
     assert "stub" in str((image / "etc/resolv.conf").readlink())
+
+
+def test_running_programs_are_init_s_first(tmp_path):
+    """Lines as in proc_pid_maps(5); a name may have spaces, and what has none is no file."""
+    for pid, lines in {
+        "7": ["7f0-7f1 r-xp 00000000 00:1c 5 /usr/sbin/ssh server", "7f2-7f3 rw-p 00000000 00:00 0"],
+        "1": [
+            "55d-55e r--p 00000000 00:1c 2 /usr/share/data",
+            "55e-55f r-xp 00001000 00:1c 3 /usr/lib/systemd/systemd",
+            "7ff-800 r-xp 00000000 00:00 0 [vdso]",
+        ],
+        "self": ["7f0-7f1 r-xp 00000000 00:1c 9 /usr/bin/me"],
+    }.items():
+        (tmp_path / pid).mkdir()
+        (tmp_path / pid / "maps").write_text("".join(f"{line}\n" for line in lines))
+    (tmp_path / "9").mkdir()
+    assert running_programs(tmp_path) == ["usr/lib/systemd/systemd", "usr/sbin/ssh server"]
+
+
+def test_fetching_reads_as_much_as_asked(image):
+    def read_so_far():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    (image / "usr/lib/big").write_bytes(bytes(3 << 20))
+    with Inside(image) as root:
+        for most, least in ((5 << 20, 3 << 20), (2 << 20, 2 << 20)):
+            before = read_so_far()
+            root.fetch("usr/lib/big", most)
+            assert least <= read_so_far() - before < least + (1 << 19)
+        with pytest.raises(FileNotFoundError):
+            root.fetch("usr/lib/none", 1)
