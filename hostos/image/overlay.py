@@ -93,11 +93,17 @@ def from_upper(entries: Iterable[Entry], *, prefix: bytes = PREFIX) -> list[Entr
             elif key[len(prefix) :] in _MEANING and stat.S_ISDIR(entry.mode):
                 yield PREFIX + key[len(prefix) :], value
 
+    def hides(entry: Entry) -> bool:
+        return is_whiteout(replace(entry, xattrs=tuple((k.replace(prefix, PREFIX, 1), v) for k, v in entry.xattrs)))
+
+    found = list(entries)
+    # The kernel makes all whiteouts names of one device.
+    hidden = {entry.path for entry in found if hides(entry)}
     return [
         whiteout(entry.path)
-        if is_whiteout(replace(entry, xattrs=tuple((k.replace(prefix, PREFIX, 1), v) for k, v in entry.xattrs)))
+        if entry.path in hidden or entry.link in hidden
         else replace(entry, xattrs=tuple(sorted(kept(entry))))
-        for entry in entries
+        for entry in found
     ]
 
 

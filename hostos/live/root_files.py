@@ -21,7 +21,11 @@ SSH_SERVERS = ("usr/sbin/sshd", "usr/sbin/dropbear", "usr/bin/dropbear", "usr/sb
 HOST_KEYS = ("rsa", "ecdsa", "dsa")
 _HOST_KEY = "etc/ssh/ssh_host_{}_key"
 _KEYS = tuple(_HOST_KEY.format(kind) + end for kind in ("ed25519", *HOST_KEYS) for end in ("", ".pub"))
-GIVEN = ("etc/hostname", "etc/hosts", "etc/machine-id", "etc/resolv.conf", "root/.ssh/authorized_keys", *_KEYS)
+GIVEN = (
+    *("etc/hostname", "etc/hosts", "etc/machine-id", "etc/resolv.conf", "root/.ssh/authorized_keys", *_KEYS),
+    # What its init makes for it alone (systemd-random-seed(8), systemd-creds(1)).
+    *("var/lib/dbus/machine-id", "var/lib/systemd/random-seed", "var/lib/systemd/credential.secret"),
+)
 """What is this machine's own in its root, and no part of an image that is made of that."""
 
 

@@ -52,7 +52,7 @@ def exact(tmp_path: Path) -> Path:
 
 
 def python(hostos: Any, code: str) -> str:
-    return str(hostos("ssh", "--", "python3", "-", input=code).ok().out)
+    return str(hostos("ssh", "--", "python3", "-", input=code, timeout=900).ok().out)
 
 
 def test_one_of_everything(hostos: Any, exact: Path) -> None:
@@ -62,9 +62,9 @@ def test_one_of_everything(hostos: Any, exact: Path) -> None:
     expected = trees.snapshot(exact)
 
     # In a container users from 65536 on are nobody; ACLs are those of its own users.
-    hostos.up().ok()
+    hostos("up", "--os", hostos.os_dir, timeout=1500).ok()
     boot = ("container", "boot", "test/exact", "--", "python3", "-c")
-    there = bytes.fromhex(hostos(*boot, ACL).ok().out)
+    there = bytes.fromhex(hostos(*boot, ACL, timeout=600).ok().out)
     assert there[:12] == os.getxattr(exact / "shared", "system.posix_acl_access")[:12]
     assert (1000).to_bytes(4, "little") in there
     hostos("kill").ok()

@@ -162,3 +162,11 @@ def test_layers_mean_what_the_kernel_shows(tmp_path: Path, mounted: ExitStack) -
     through = overlay.merge([below, changes])
     assert shape(through) == shape(seen)
     assert [e.path for e in overlay.difference(through, seen) if e.path] == []
+
+
+def test_whiteouts_are_names_of_one_device() -> None:
+    """As the kernel makes them: in an archive of an upper directory the others are hard links to the first."""
+    first = Entry(b"a", stat.S_IFCHR)
+    found = overlay.from_upper([first, Entry(b"b", stat.S_IFREG, link=b"a"), Entry(b"c", stat.S_IFREG | 0o644)])
+    assert found[:2] == [overlay.whiteout(b"a"), overlay.whiteout(b"b")]
+    assert stat.S_ISREG(found[2].mode)
