@@ -188,6 +188,8 @@ def test_a_boot_server(way: str, hostos: Any, x86: Path, lan: Lan, tmp_path: Pat
             said = Bare(tmp_path, firmware, net=net, inside=lan.inside).run()
         finally:
             dnsmasq.terminate()
+            # While there is the namespace it was started in.
+            hostos("seed", "stop")
     check(said, firmware, image)
     log = (tmp_path / "dnsmasq.log").read_text()
     wanted = {"BIOS": "hostos.0", "UEFI": "hostos.efi", "iPXE": "hostos.ipxe", "PXELINUX": "pxelinux.cfg/default"}[way]
