@@ -43,6 +43,7 @@ READ_DEADLINE = 900.0
 """Seconds for each later read. A root that gets an error for an answer is broken; better it stands still while
 its peers are away. The next read tries again, of course."""
 RETRY = 5.0
+CONSOLES = Path("/sys/class/tty/console/active")
 RUN = Path("/run/hostos")
 HANDED_OVER = Path("/proc/1/root")
 """Where the root is found from here on: it is mounted over this system, below which nothing can be seen."""
@@ -224,6 +225,7 @@ class Root:
                 root_files.identify(root, kept=self.wanted.persist)
                 if not self.wanted.persist:
                     root_files.up_to_date(root)
+                root_files.give_console(root, CONSOLES.read_text())
                 servers = [
                     line.split()[1]
                     for line in (RUN / "resolv.conf").read_text().splitlines()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from hostos.live import syscalls
@@ -104,6 +105,21 @@ def keep_network(root: Inside, interface: str, servers: list[str]) -> None:
     # Not where a resolver of its own answers.
     if "systemd/resolve" not in root.target("etc/resolv.conf"):
         root.link("etc/resolv.conf", "/run/hostos/resolv.conf")
+
+
+def give_console(root: Inside, active: str) -> None:
+    """A login on the console also where there is no udev. `active`: as /sys/class/tty/console/active. Raises OSError.
+
+    systemd starts a serial-getty for a serial console once udev has announced it: without udev never, and it waits
+    for 90 s. console-getty.service(8) is for that.
+    """
+    if root.program("usr/lib/systemd/systemd-udevd", "lib/systemd/systemd-udevd"):
+        return
+    units = "run/systemd/system"
+    for console in active.split():
+        if not re.fullmatch(r"tty[0-9]*", console):
+            root.link(f"{units}/serial-getty@{console}.service", "/dev/null")
+    root.link(f"{units}/getty.target.wants/console-getty.service", "/usr/lib/systemd/system/console-getty.service")
 
 
 def mount_shares(root: Inside, devices: str) -> None:

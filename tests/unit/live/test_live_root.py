@@ -199,3 +199,17 @@ def test_fetching_reads_as_much_as_asked(image):
             assert least <= read_so_far() - before < least + (1 << 19)
         with pytest.raises(FileNotFoundError):
             root.fetch("usr/lib/none", 1)
+
+
+def test_without_udev_the_console_waits_for_no_device(image):
+    units = image / "run/systemd/system"
+    udev = image / "usr/lib/systemd/systemd-udevd"
+    udev.touch(0o755)
+    with Inside(image) as root:
+        root_files.give_console(root, "tty0 ttyS0\n")
+        assert not units.exists()
+        udev.unlink()
+        root_files.give_console(root, "tty0 ttyS0\n")
+    assert str((units / "serial-getty@ttyS0.service").readlink()) == "/dev/null"
+    assert not (units / "serial-getty@tty0.service").is_symlink()
+    assert "console-getty" in str((units / "getty.target.wants/console-getty.service").readlink())
