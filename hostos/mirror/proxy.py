@@ -62,7 +62,6 @@ class Proxy:
             elif entries := upstreams.find_apt(location):
                 archive = entries[0].base
                 found = await self.apt.resolve(location, entries)
-                self._look_ahead(request)
             else:
                 host = location.partition("/")[0]
                 raise RefusedError(403, f"{host} is none of the cached archives: hostos mirror import")
@@ -78,7 +77,8 @@ class Proxy:
 
     def _look_ahead(self, request: web.BaseRequest) -> None:
         """Begin what the client has asked for behind this request: apt sends ten at once, and would else wait for
-        the mirror's answer once for each. (aiohttp keeps them, parsed, but has no public name for them.)"""
+        the mirror's answer once for each. Only while files are missing, as looking is not free. (aiohttp keeps them,
+        parsed, but has no public name for them.)"""
         for message, _ in islice(getattr(request.protocol, "_messages", ()), AHEAD):
             if message.method == "GET" and len(self._beginning) < AHEAD:
                 task = asyncio.create_task(self._begin(message.path))
@@ -112,6 +112,8 @@ class Proxy:
         path = self.contents.held(known)
         fetched_for_it = known.sha256 in self._ahead
         self._ahead.discard(known.sha256)
+        if path is None or fetched_for_it:
+            self._look_ahead(request)
         if path is not None:
             self.ledger.count(archive, requests=1, **{"misses" if fetched_for_it else "hits": 1})
             self.ledger.use(known.sha256)

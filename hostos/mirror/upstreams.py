@@ -17,6 +17,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Apt:
     check_valid_until: bool = True
     check_date: bool = True
 
-    @property
+    @cached_property
     def base(self) -> str:
         """`host/path`, as in `location`."""
         scheme, _, rest = self.url.partition("://")
