@@ -114,7 +114,7 @@ def cache_command() -> list[str]:
     [
         ('snapshot = "no/such"', "there is no snapshot 'no/such' here"),
         ('snapshot = "a"\nmirror = "http://x/"', "stands for the mirror"),
-        (f'snapshot = "{"0" * 64}"', "nobody is known who has it"),
+        (f'snapshot = "{"ab" * 32}"', "nobody is known who has it"),
     ],
 )
 def test_bad_ones(source, reason, place, tmp_path, monkeypatch):

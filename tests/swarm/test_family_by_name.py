@@ -168,7 +168,7 @@ def test_built_here_booted_there_by_name(steve: Steve, stranger: Any, through: s
     stranger("down", "-m", "system").ok()
 
     # The owner moves it, and whoever boots it by name has the new one.
-    version = f"after {through}"
+    version = f"after-{through}"
     after = steve.publish(version)
     steve.serve()
     assert after != before
