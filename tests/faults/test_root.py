@@ -154,7 +154,7 @@ MANAGERS = """
 name = "test/managers"
 from = "test/system"
 [[step]]
-packages = ["ifupdown", "dhcpcd-base", "network-manager"]
+packages = ["ifupdown", "dhcpcd-base", "network-manager", "udev"]
 [[step]]
 run = [
   "printf '[Match]\\nName=*\\n[Network]\\nDHCP=yes\\n' > /etc/systemd/network/05-all.network",
@@ -172,6 +172,7 @@ def test_it_survives_the_images_own_network_managers(
     hostos = session_hostos
     (tmp_path / "managers.toml").write_text(MANAGERS)
     hostos("image", "build", tmp_path / "managers.toml", timeout=1200).ok()
+    hostos("kill")  # what an attempt before this one left
     up(hostos, "--root", "test/managers").ok()
     address = said(hostos, "ip -4 -o addr show eth0; ip route show default")
     assert "10.0.2.15/" in address
