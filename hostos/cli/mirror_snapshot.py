@@ -38,7 +38,7 @@ def publish(
     the mirror.
 
     \b
-      hostos mirror publish http://deb.debian.org/debian --name debian/today --push debian
+      hostos mirror publish http://deb.example.org/debian --name debian/today --push debian
       hostos mirror serve debian/today         a browser, apt or an installer looks at it
       snapshot = "me/debian"                   in the [base] of a recipe: from it alone
     """
