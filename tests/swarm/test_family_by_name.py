@@ -189,7 +189,9 @@ def test_built_here_booted_there_by_name(steve: Steve, stranger: Any, through: s
     steve.serve()
     try:
         ran = boot(stranger)
-        assert "a roll-back, refused" in ran.err
+        if through == "peers":
+            # (Nodes of a DHT don't take the older one in the first place: BEP 44.)
+            assert "a roll-back, refused" in ran.err
         assert f"steve/gaming is {after} (number {number + 1} of" in ran.err
         assert ran.out.splitlines() == ["driver", version]
     finally:
