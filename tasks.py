@@ -295,17 +295,18 @@ def bench_boot(_: Context, rounds: int = 5) -> None:
 
 
 @task(
+    iterable=["only"],
     help={
         "rounds": "how often each side is measured (default: 5)",
-        "parts": "what to measure, with commas: native, init, btfs, cost, guest, crowd (default: all)",
-    }
+        "only": "native, init, btfs, cost, guest or crowd (repeatable; default: all)",
+    },
 )
 @user_errors
-def bench_live(_: Context, rounds: int = 5, parts: str = "") -> None:
+def bench_live(_: Context, only: list[str], rounds: int = 5) -> None:
     """Live boot over a shaped link, beside download-everything-then-boot and btfs."""
     from bench import live
 
-    live.run(rounds, parts.split(",") if parts else (), Steps(Talk()))
+    live.run(rounds, Steps(Talk()), only)
 
 
 @task(help={"rounds": "how often each side is measured (default: 3)"})

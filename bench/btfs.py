@@ -33,7 +33,7 @@ PIECE = 64 * 1024
 def measure(rounds: int, net: network.Link, target: Target, plain: Target, layer: Path, steps: Steps) -> Comparison:
     """First output, from the bare hash of the image and of its layer. `target`: with a trace; `layer`: of `plain`."""
     if shutil.which("btfs") is None:
-        raise UserError("btfs is not installed", "apt-get install btfs, or name the other parts: --parts native,init")
+        raise UserError("btfs is not installed", "apt-get install btfs, or name other parts: --only init --only crowd")
     traced, untraced = Series("hostos, bare hash"), Series("hostos, bare hash, no trace")
     peer = Series("btfs, magnet link of the layer")
     enter = net.enter(net.client)

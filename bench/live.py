@@ -47,12 +47,12 @@ DEADLINE_S = 300.0
 PROGRAM = str(Path(sys.executable).parent / "hostos")
 
 
-def run(rounds: int, parts: Sequence[str], steps: Steps) -> Path:
-    """Measure and publish `parts` (of `PARTS`; none: all). Raises `UserError` without root, or when a side fails."""
+def run(rounds: int, steps: Steps, only: Sequence[str] = ()) -> Path:
+    """Measure and publish. `only`: some of `PARTS`. Raises `UserError` without root, or when a side fails."""
     from bench import btfs, crowd, init_target, live_guest
 
-    if unknown := [each for each in parts if each not in PARTS]:
-        raise UserError(f"no part {unknown[0]!r} of bench.live", f"take of: {', '.join(PARTS)}")
+    if unknown := set(only) - set(PARTS):
+        raise UserError(f"no part is called {sorted(unknown)[0]!r}", f"--only {', --only '.join(PARTS)}")
     before = machine()
     comparisons = []
     with ExitStack() as stack:
@@ -64,7 +64,7 @@ def run(rounds: int, parts: Sequence[str], steps: Steps) -> Path:
         store = Store(work / "home/data")
         traced = trace(store, image, net, peer, work, (COMMAND, ()), steps)
         target, plain = (Target(each, peer, json.loads(store.bundle(each).to_json()), work) for each in (traced, image))
-        for part in parts or PARTS:
+        for part in only or PARTS:
             net.shape(RATE_MBIT)
             match part:
                 case "native":

@@ -89,7 +89,8 @@ def export(
         wanted = wanted.for_machine(build.arch)
     if wanted.bundle and wanted.bundle.manifest.architecture not in (build.arch, "any"):
         raise UserError(
-            f"the image is for {wanted.bundle.manifest.architecture}, the OS build {build.directory} for {build.arch}"
+            f"the image is for {wanted.bundle.manifest.architecture}, the OS build {build.directory} for {build.arch}",
+            "name an OS build for it: --os DIRECTORY",
         )
     lines = [key.line for name in keys for key in read_public_keys(Path(name))]
     asked = wanted.gateways if wanted.gateways and not addresses else wanted.peers

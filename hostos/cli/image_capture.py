@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -44,6 +43,7 @@ def capture(container: str, machine: str, name: str | None, only_list: bool, as_
     from hostos.image.sources import read_plain_tar
     from hostos.image.store import Store
     from hostos.live.manifest import check_name
+    from hostos.live.root_files import is_given
 
     if name:
         check_name(name)
@@ -73,7 +73,7 @@ def capture(container: str, machine: str, name: str | None, only_list: bool, as_
         found, _ = read_plain_tar(spool, Path(container), stack)
         changed = overlay.from_upper(found)
         if is_system:
-            changed = [entry for entry in changed if not _is_given(entry.path)]
+            changed = [entry for entry in changed if not is_given(entry.path)]
         entries = arrange(changed, f"what {container} changed")
         if only_list:
             below = read_image(store, parent, stack, told)
@@ -101,13 +101,6 @@ def capture(container: str, machine: str, name: str | None, only_list: bool, as_
         )
     else:
         announce(image, made.packed.size)
-
-
-def _is_given(path: bytes) -> bool:
-    """Whether it is the machine's own, or would not be there in a container."""
-    from hostos.live.root_files import GIVEN
-
-    return os.fsdecode(path) in GIVEN or path.startswith((b"tmp/", b"run/", b"dev/"))
 
 
 COMMANDS = (capture,)

@@ -30,6 +30,11 @@ GIVEN = (
 """What is this machine's own in its root, and no part of an image that is made of that."""
 
 
+def is_given(path: bytes) -> bool:
+    """Whether what is there is the machine's own, or would not be there in a container."""
+    return os.fsdecode(path) in GIVEN or path.startswith((b"tmp/", b"run/", b"dev/"))
+
+
 def identify(root: Inside, here: Path = Path("/"), *, kept: bool = False) -> None:
     """Host name, machine ID, host key and authorized keys, as the initial file system `here` has them.
 

@@ -51,7 +51,9 @@ def obtain(text: str, steps: Steps, store: Store | None = None, *, locked: str =
     if made != reference.info_hash:
         # It has what no snapshot has: a trace, a bill of materials, images for several architectures.
         store.remove(made)
-        raise UserError(f"image {got.bundle.manifest.name} is no snapshot of a repository")
+        raise UserError(
+            f"image {got.bundle.manifest.name} is no snapshot of a repository", "hostos mirror publish makes one"
+        )
     return store.get(made)
 
 

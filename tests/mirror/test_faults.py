@@ -65,17 +65,22 @@ def test_a_mirror_that_knows_no_ranges(cache, web, archive):
     assert cache.get(url_of(web, deb)).body == deb.read_bytes()
 
 
+def spoil(web, number, how):
+    """Have `how` change the mirror's answer of that number for the large package; a list with its answers' sizes."""
+    answers = []
+
+    def change(data: bytes) -> bytes:
+        answers.append(len(data))
+        return how(data) if len(answers) == number else data
+
+    web.faults.only, web.faults.change = r"large.*\.deb", change
+    return answers
+
+
 def test_a_file_that_changes_while_it_is_fetched(cache, web, archive):
     deb = archive.packages["large"]
     good = deb.read_bytes()
-    count = 0
-
-    def change(data: bytes) -> bytes:
-        nonlocal count
-        count += 1
-        return data[:1_000_000] + bytes(len(data) - 1_000_000) if count == 1 else data
-
-    web.faults.only, web.faults.change = r"large.*\.deb", change
+    spoil(web, 1, lambda data: data[:1_000_000] + bytes(len(data) - 1_000_000))
     first = cache.get(url_of(web, deb))
     assert not first.whole
     # apt asks again; by then the right one is there.
@@ -86,17 +91,11 @@ def test_a_file_that_is_replaced_while_it_is_resumed(cache, web, archive):
     """The beginning of one and the end of another are no package; what is signed comes from the beginning."""
     deb = archive.packages["large"]
     good = deb.read_bytes()
-    count = 0
-
-    def change(data: bytes) -> bytes:
-        nonlocal count
-        count += 1
-        return bytes(len(data)) if count == 2 else data
-
-    web.faults.only, web.faults.cut_at, web.faults.change = r"large.*\.deb", 2_500_000, change
+    answers = spoil(web, 2, lambda data: bytes(len(data)))
+    web.faults.cut_at = 2_500_000
     first = cache.get(url_of(web, deb))
     assert not first.whole or first.body == good
-    assert count >= 3
+    assert len(answers) >= 3
     assert cache.get(url_of(web, deb)).body == good
     assert {path.read_bytes() for path in cache.held() if path.stat().st_size == len(good)} == {good}
 
