@@ -34,8 +34,6 @@ DEBIAN_ARCHITECTURES = {
 }
 PACMAN_MIRRORS = Path("/etc/pacman.d/mirrorlist")
 """Arch's mirrors as this host knows them; Debian's pacman brings none."""
-INSTALLED_THEN = """sed -i "/^%INSTALLDATE%$/{n;s/.*/$SOURCE_DATE_EPOCH/}\""""
-"""pacman notes when it installed each package; the clock is no part of an image."""
 TAIL = 12
 """Lines of a log that an error shows."""
 _OF_THE_HOST = (b"etc/hostname", b"etc/resolv.conf")
@@ -156,7 +154,6 @@ def _pacman(base: Base, architecture: str, pins: Pins | None) -> str:
             f"mkdir -p {lib} {empty} && chmod 1777 {root}/tmp",
             f"pacman {options} --noconfirm --noprogressbar -Sy {packages}",
             f"rm -rf {lib}/sync",
-            f"{INSTALLED_THEN} {lib}/local/*/desc",
             f"tar --numeric-owner --sort=name --xattrs --xattrs-include='*' --format=pax -C {root} -cf - . >&9",
         )
     )

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from hostos.errors import UserError
 from hostos.image import overlay, package_cache, sandbox, unpacked
-from hostos.image.base import INSTALLED_THEN, environment, logged
+from hostos.image.base import environment, logged
 from hostos.image.buildcache import Package, Packages
 from hostos.image.entries import Entry, arrange
 from hostos.image.layers import read_layer
@@ -36,7 +36,6 @@ _TRACES = (
     b"var/cache/ldconfig/aux-cache", b"var/cache/debconf/", b"var/log/bootstrap.log", b"var/log/pacman.log",
     b"var/lib/pacman/sync/", b"var/cache/pacman/pkg/", b"root/.bash_history", b"root/.lesshst",
 )  # fmt: skip
-_THEN = f"find /var/lib/pacman/local -name desc -newer /run/hostos/uris -exec {INSTALLED_THEN} {{}} +"
 _MOUNTED = (b"dev", b"proc", b"run", b"sys", b"tmp")
 _NODES = ("null", "zero", "full", "random", "urandom", "tty")
 
@@ -207,7 +206,7 @@ def install(
         names = shlex.join(step.value)
         parts = [
             ("", f"{pacman} -Sy --print --print-format '%l %n_%v_x %s' {names} > /run/hostos/uris"),
-            ("uris", f"{pacman} -S {names}\nrm -rf /var/cache/pacman/pkg/*\n{_THEN}"),
+            ("uris", f"{pacman} -S {names}\nrm -rf /var/cache/pacman/pkg/*"),
         ]
     else:
         raise UserError(f"{what}: the image has neither apt-get nor pacman", "install them in a `run` step")
