@@ -9,10 +9,12 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from hostos.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -76,6 +78,14 @@ def machine() -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def chosen(only: Sequence[str], parts: Iterable[str]) -> list[str]:
+    """Which `parts` of a benchmark are measured: those of `only`, or all. Raises UserError for an unknown one."""
+    known = list(parts)
+    if unknown := [each for each in only if each not in known]:
+        raise UserError(f"no part is called {unknown[0]!r}", f"--only {', --only '.join(known)}")
+    return [each for each in known if not only or each in only]
 
 
 def publish(name: str, comparisons: Sequence[Comparison], before: dict[str, Any]) -> Path:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import network, oci_layout, root_start
-from bench.harness import Comparison, Series, machine, publish
+from bench.harness import Comparison, Series, chosen, machine, publish
 from bench.live import PROGRAM, client, seed
 from hostos.errors import UserError, failure
 from hostos.image.pack import BLOCK_SIZE, LEVEL
@@ -42,18 +42,15 @@ def run(rounds: int, steps: Steps, only: Sequence[str] = ()) -> Path:
         if shutil.which(program) is None:
             raise UserError(f"{program} is needed to compare with", f"apt-get install {package}")
     parts = {"packing": packing, "import": importing, "children": children, "root": root}
-    unknown = set(only) - parts.keys()
-    if unknown:
-        raise UserError(f"no part is called {sorted(unknown)[0]!r}", f"--only {', --only '.join(parts)}")
+    wanted = chosen(only, parts)
     before = machine()
     comparisons = []
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostos-bench-", dir="/var/tmp")))
         net = stack.enter_context(network.link())
         place = Place(work, demonstration_image(steps), net, steps)
-        for name, part in parts.items():
-            if not only or name in only:
-                comparisons += part(rounds, place)
+        for name in wanted:
+            comparisons += parts[name](rounds, place)
     return publish("image", comparisons, before)
 
 

@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import psutil
 
 from bench import network
-from bench.harness import Comparison, Series, machine, publish
-from hostos.errors import UserError, failure
+from bench.harness import Comparison, Series, chosen, machine, publish
+from hostos.errors import failure
 from hostos.image import retrace
 from hostos.image.recording import Recording, from_reads
 from hostos.image.store import Store
@@ -51,8 +51,7 @@ def run(rounds: int, steps: Steps, only: Sequence[str] = ()) -> Path:
     """Measure and publish. `only`: some of `PARTS`. Raises `UserError` without root, or when a side fails."""
     from bench import btfs, crowd, init_target, live_guest
 
-    if unknown := set(only) - set(PARTS):
-        raise UserError(f"no part is called {sorted(unknown)[0]!r}", f"--only {', --only '.join(PARTS)}")
+    parts = chosen(only, PARTS)
     before = machine()
     comparisons = []
     with ExitStack() as stack:
@@ -64,7 +63,7 @@ def run(rounds: int, steps: Steps, only: Sequence[str] = ()) -> Path:
         store = Store(work / "home/data")
         traced = trace(store, image, net, peer, work, (COMMAND, ()), steps)
         target, plain = (Target(each, peer, json.loads(store.bundle(each).to_json()), work) for each in (traced, image))
-        for part in only or PARTS:
+        for part in parts:
             net.shape(RATE_MBIT)
             match part:
                 case "native":

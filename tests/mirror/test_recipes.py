@@ -8,15 +8,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sandboxes import scratch
 
 from hostos.build.debian_archive import find_mirror
 from hostos.errors import UserError
-from hostos.image import builder, recipe_lock, sandbox, verifying
+from hostos.image import builder, recipe_lock, verifying
 from hostos.mirror.upstreams import Apt
 from hostos.quickstart import SUITE
 from hostos.steps import Steps
@@ -42,16 +42,9 @@ packages = ["hello"]
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory that everybody may pass through: who builds is nobody here. (pytest has made its own before.)"""
-    try:
-        sandbox.inside_works()
-    except UserError as error:
-        pytest.skip(str(error))
-    path = Path(tempfile.mkdtemp(prefix="hostos-recipes-", dir="/var/tmp"))
-    path.chmod(0o755)
-    monkeypatch.setenv("TMPDIR", str(path))
-    yield path
-    subprocess.run(["rm", "-rf", str(path)], check=False)
+    """(pytest's own directory has been made before.)"""
+    with scratch(monkeypatch) as path:
+        yield path
 
 
 def packages(recipe: Path) -> dict[str, str]:

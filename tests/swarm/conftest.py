@@ -352,17 +352,26 @@ def host_seed(lab: Lab, store: Store, tmp_path: Path) -> Iterator[RunSeed]:
         wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 20)
 
 
-@pytest.fixture
-def client_daemon(lab: Lab, tmp_path: Path) -> Iterator[Daemon]:
-    """A live-boot daemon on host 2."""
-    base = Path(f"/tmp/hostos-swarm-{tmp_path.name[:12]}-{time.time_ns() % 10**9}")
-    running = Daemon(base, f"0.0.0.0:{PORT}", enter=lab.enter(2))
-    yield running
-    running.stop()
-    log = running.log()
-    print(log)
-    shutil.rmtree(base, ignore_errors=True)
+@contextmanager
+def daemon_on(lab: Lab, host: int) -> Iterator[Daemon]:
+    """A live-boot daemon on a host of the lab, with a cache of its own."""
+    base = Path(f"/tmp/hostos-swarm-{host}-{random.getrandbits(32):08x}")
+    running = Daemon(base, f"0.0.0.0:{PORT}", enter=lab.enter(host))
+    try:
+        yield running
+    finally:
+        running.stop()
+        log = running.log()
+        print(log)
+        shutil.rmtree(base, ignore_errors=True)
     assert "Traceback" not in log
+
+
+@pytest.fixture
+def client_daemon(lab: Lab) -> Iterator[Daemon]:
+    """A live-boot daemon on host 2."""
+    with daemon_on(lab, 2) as running:
+        yield running
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,18 +10,14 @@ import pytest
 
 from hostos.errors import UserError
 from hostos.live.swarm_settings import SwarmSettings
-from swarm.conftest import PORT, Daemon, Lab, Published, RunSeed
+from swarm.conftest import PORT, Daemon, Lab, Published, RunSeed, daemon_on
 
 
 @pytest.fixture
-def other_daemon(lab: Lab, tmp_path: Path) -> Iterator[Daemon]:
+def other_daemon(lab: Lab) -> Iterator[Daemon]:
     """A live-boot daemon on host 3."""
-    base = Path(f"/tmp/hostos-other-{time.time_ns() % 10**9}")
-    running = Daemon(base, f"0.0.0.0:{PORT}", enter=lab.enter(3))
-    yield running
-    running.stop()
-    print(running.log())
-    shutil.rmtree(base, ignore_errors=True)
+    with daemon_on(lab, 3) as running:
+        yield running
 
 
 def digest(path: Path) -> str:

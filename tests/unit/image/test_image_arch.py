@@ -7,16 +7,16 @@ import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from mirror.server import Web
+from sandboxes import scratch
 
 from hostos.errors import UserError
-from hostos.image import builder, recipe_lock, sandbox, verifying
+from hostos.image import builder, recipe_lock, verifying
 from hostos.image.importing import bill
 from hostos.image.layers import read_image
 from hostos.image.store import Store
@@ -94,18 +94,11 @@ def pacman_itself() -> dict[str, bytes | str]:
 @pytest.fixture
 def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory everybody may enter, with a repository."""
-    try:
-        sandbox.inside_works()
-    except UserError as error:
-        pytest.skip(str(error))
-    path = Path(tempfile.mkdtemp(prefix="hostos-arch-", dir="/var/tmp"))
-    path.chmod(0o755)
-    monkeypatch.setenv("TMPDIR", str(path))
-    repository = path / "repo"
-    repository.mkdir()
-    package(repository, "tiny", "1.2-3", SHELL)
-    yield path
-    subprocess.run(["rm", "-rf", path], check=False)
+    with scratch(monkeypatch) as path:
+        repository = path / "repo"
+        repository.mkdir()
+        package(repository, "tiny", "1.2-3", SHELL)
+        yield path
 
 
 def test_an_arch_base_from_a_repository_of_ones_own(place: Path) -> None:
