@@ -79,7 +79,21 @@ def workshop(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         for name in ("bin", "etc", "usr/share/gone", "usr/share/renamed"):
             (tree / name).mkdir(parents=True)
         shutil.copy(busybox, tree / "bin/busybox")
-        for name in "sh id cat rm mkdir mv chown chmod touch echo date false wget".split():
+        for name in [
+            "sh",
+            "id",
+            "cat",
+            "rm",
+            "mkdir",
+            "mv",
+            "chown",
+            "chmod",
+            "touch",
+            "echo",
+            "date",
+            "false",
+            "wget",
+        ]:
             (tree / "bin" / name).symlink_to("busybox")
         (tree / "usr/share/gone/old").write_text("old")
         (tree / "usr/share/renamed/kept").write_text("kept")
