@@ -66,6 +66,9 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
+PROGRAMS = ("sh", "id", "cat", "rm", "mkdir", "mv", "chown", "chmod", "touch", "echo", "date", "false", "wget")
+
+
 @pytest.fixture
 def workshop(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where images can be built in a sandbox: with `tree`, in which there is a shell."""
@@ -79,21 +82,7 @@ def workshop(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         for name in ("bin", "etc", "usr/share/gone", "usr/share/renamed"):
             (tree / name).mkdir(parents=True)
         shutil.copy(busybox, tree / "bin/busybox")
-        for name in [
-            "sh",
-            "id",
-            "cat",
-            "rm",
-            "mkdir",
-            "mv",
-            "chown",
-            "chmod",
-            "touch",
-            "echo",
-            "date",
-            "false",
-            "wget",
-        ]:
+        for name in PROGRAMS:
             (tree / "bin" / name).symlink_to("busybox")
         (tree / "usr/share/gone/old").write_text("old")
         (tree / "usr/share/renamed/kept").write_text("kept")
