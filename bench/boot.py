@@ -34,8 +34,9 @@ DEADLINE_S = 300.0
 
 def run(rounds: int, steps: Steps) -> Path:
     """Boot each side `rounds` times, alternating, and publish. Raises `UserError` when a peer is missing."""
-    if shutil.which("debvm-create") is None:
-        raise UserError("the benchmark needs its peer", "apt-get install debvm e2fsprogs")
+    for tool in ("debvm-create", "mkfs.ext4", "depmod"):
+        if shutil.which(tool) is None:
+            raise UserError(f"the benchmark needs its peers, and {tool}", "apt-get install debvm e2fsprogs kmod")
     before = machine()
     with tempfile.TemporaryDirectory(prefix="hostos-bench-") as scratch:
         work = Path(scratch)
