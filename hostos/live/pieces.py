@@ -69,6 +69,8 @@ class PieceStore:
         self._path, self._size, self._piece_size, self._pieces = path, size, piece_size, pieces
         self._keep, self._hashes, self._tell_lost = keep, hashes, lost
         self._claimed: set[int] = set()
+        self._unknown: set[int] = set()
+        """Those of the claimed that libtorrent does not know to be there."""
         self._verified = bytearray(pieces)
         self._held: dict[int, bytes] = {}
         self._on_disk = bytearray(pieces)
@@ -82,6 +84,7 @@ class PieceStore:
         """Claim what an earlier run noted to be in the file."""
         if not self._keep and self._path.exists():
             self._claimed = self._read_note()
+            self._unknown = set(self._claimed)
 
     def close(self) -> None:
         """From now on only what is held can be read."""
@@ -165,6 +168,7 @@ class PieceStore:
     def forget_unwritten(self) -> None:
         """libtorrent has dropped the torrent: what was not confirmed to be on disk is fetched again."""
         self._verified[:] = self._on_disk
+        self._unknown |= self._claimed
         self._unflushed.clear()
         self._flushing = frozenset()
 
@@ -221,14 +225,16 @@ class PieceStore:
     # --- claims -----------------------------------------------------------------------------------
 
     def next_claim(self) -> int | None:
-        """A piece that is said to be in the file, and was not proved yet."""
-        return next(iter(self._claimed), None)
+        """A piece that is said to be in the file, was not proved yet, and is not known to libtorrent."""
+        return next(iter(self._unknown), None)
 
     def prove(self, piece: int) -> bool:
-        """Hash a claimed piece; only if it is right it counts. Whether it was proved now."""
+        """Hash a claimed piece; only if it is right it counts. Whether it now is here and libtorrent doesn't know."""
         if piece not in self._claimed:
             return False
         self._claimed.discard(piece)
+        news = piece in self._unknown
+        self._unknown.discard(piece)
         if self._on_disk[piece] or self._hashes is None:
             return False
         start = piece * self._piece_size
@@ -236,7 +242,7 @@ class PieceStore:
             data = self._pread(start, min(self._piece_size, self._size - start))
             if self._hashes.proves(piece, data):
                 self._verified[piece] = self._on_disk[piece] = 1
-                return True
+                return news
         if self._verified[piece]:
             self._lost(piece)
         return False

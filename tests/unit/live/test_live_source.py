@@ -240,8 +240,8 @@ def test_what_an_earlier_run_noted_is_proved_when_it_is_read(tmp_path: Path) -> 
     again = layer.open()
     assert [again.expected(piece) for piece in range(4)] == [True, True, True, False]
     assert not any(again.ready(piece) for piece in range(4))
-    for piece in range(4):
-        again.prove(piece)
+    assert [again.prove(piece) for piece in range(4)] == [False, True, True, False]
+    assert again.next_claim() is None
     assert again.on_disk() == [False, True, True, False]
     assert layer.read(again, 2) == layer.piece(2)
     assert not layer.lost  # libtorrent never believed to have piece 0
@@ -250,6 +250,21 @@ def test_what_an_earlier_run_noted_is_proved_when_it_is_read(tmp_path: Path) -> 
         layer.read(again, 2)
     assert not again.ready(2)
     again.close()
+
+
+def test_what_libtorrent_wrote_itself_is_no_news_to_it(tmp_path: Path) -> None:
+    layer = Layer(tmp_path)
+    for piece in range(2):
+        layer.store.finished(piece)
+    layer.flush()
+    assert layer.store.next_claim() is None
+    assert not layer.store.prove(0)
+    assert layer.store.on_disk() == [True, False, False, False]
+    layer.store.forget_unwritten()
+    # It is told to have piece 0 only, from now on.
+    assert layer.store.next_claim() == 1
+    assert layer.store.prove(1)
+    layer.store.close()
 
 
 def test_a_note_of_another_length_claims_nothing(tmp_path: Path) -> None:
