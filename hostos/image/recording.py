@@ -16,7 +16,7 @@ from typing import Any
 from hostos.errors import UserError
 from hostos.image.layout import Layout, Span
 from hostos.live import trace
-from hostos.live.journal import PAGE
+from hostos.live.journal import SECTOR
 from hostos.live.merkle import BLOCK
 
 SCHEMA = 1
@@ -120,7 +120,8 @@ def from_reads(command: Sequence[str], reads: Iterable[Lower], twin: Layout, top
     """What the reads of a boot (layer, offset, length) were about.
 
     `twin`: layout of the top layer (number `top`) as it was read: every block belongs to one file. The
-    kernel reads blocks whole, but in pages: one that was read in part is the neighbour of one that was meant.
+    kernel reads blocks whole, but in sectors, or in pages: one that was read in part is the neighbour of one that was
+    meant.
     """
     touches: list[Touch | Lower] = []
     missing: dict[tuple[bytes, int], set[int]] = {}
@@ -128,12 +129,12 @@ def from_reads(command: Sequence[str], reads: Iterable[Lower], twin: Layout, top
         if layer != top:
             touches.append((layer, offset, length))
             continue
-        pages = range(offset // PAGE, -(-(offset + length) // PAGE))
+        sectors = range(offset // SECTOR, -(-(offset + length) // SECTOR))
         for path, block, (start, size) in twin.find(offset, length):
-            left = missing.setdefault((path, block), set(range(start // PAGE, (start + size - 1) // PAGE + 1)))
+            left = missing.setdefault((path, block), set(range(start // SECTOR, (start + size - 1) // SECTOR + 1)))
             if not left:
                 continue
-            left.difference_update(pages)
+            left.difference_update(sectors)
             if left:
                 continue
             last = touches[-1] if touches else None

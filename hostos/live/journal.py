@@ -14,13 +14,14 @@ Why = Literal["demand", "trace", "ahead", "rest"]
 """Why a piece was fetched: somebody waited for it, the boot trace said so, reads went on in a row, or
 because there was nothing else to do."""
 
-PAGE = 4096
+SECTOR = 512
+"""What the kernel's reads of a layer are multiples of, bytes: whole pages, or through a loop device less."""
 MAX_READS = 1 << 20
 """Most reads that are noted one by one."""
 
 
 class Journal:
-    """The first read and the arrival of each piece; `exact`: also each read of new pages, one by one."""
+    """The first read and the arrival of each piece; `exact`: also each read of new sectors, one by one."""
 
     def __init__(self, pieces: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -28,13 +29,13 @@ class Journal:
         self.read: dict[int, float] = {}
         self.came: dict[int, tuple[float, Why]] = {}
         self.reads: list[tuple[float, int, int]] = []
-        self._pages: set[int] | None = None
+        self._sectors: set[int] | None = None
         self.used = 0
         """Pieces that the trace or read-ahead had fetched before their first read."""
 
     def watch(self) -> None:
         """From now on note each read."""
-        self._pages = set()
+        self._sectors = set()
 
     def reading(self, offset: int, length: int, first: int, last: int) -> None:
         """Somebody reads these bytes (not none), in the pieces `first` to `last`."""
@@ -44,10 +45,10 @@ class Journal:
                 self.read[piece] = now
                 if piece in self.came and self.came[piece][1] in ("trace", "ahead"):
                     self.used += 1
-        if self._pages is not None and len(self.reads) < MAX_READS:
-            pages = set(range(offset // PAGE, (offset + length - 1) // PAGE + 1))
-            if not pages <= self._pages:
-                self._pages |= pages
+        if self._sectors is not None and len(self.reads) < MAX_READS:
+            sectors = set(range(offset // SECTOR, (offset + length - 1) // SECTOR + 1))
+            if not sectors <= self._sectors:
+                self._sectors |= sectors
                 self.reads.append((now, offset, length))
 
     def arrived(self, piece: int, why: Why) -> None:
