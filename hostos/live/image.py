@@ -210,20 +210,26 @@ class Images:
         if not endpoints and not self.swarm.settings.discovers:
             raise failure(f"none of the peers' names could be resolved: {asked}")
         began = time.monotonic()
-        info = None
+        place = self._directory / f".{image}.fetch"
+        handle = None
         with trio.move_on_after(deadline):
-            info = await self._metadata(image, endpoints)
-        if info is None:
+            handle = await self._metadata(image, endpoints, place)
+        if handle is None:
             raise failure(
                 f"nobody had image {image[:16]}… within {deadline:g} s; asked: {asked}",
                 "is it seeded there (hostos seed status)? Name another peer with --peer HOST:PORT",
             )
-        paths = check_metadata(info)
-        place = self._directory / f".{image}.fetch"
+        info = handle.torrent_file()
+        try:
+            paths = check_metadata(info)
+        except UserError:
+            self.swarm.session.remove_torrent(handle)
+            raise
         left = max(1.0, deadline - (time.monotonic() - began))
         source = TorrentSource(self.swarm, from_metadata(info), place, endpoints, deadline=left, keep=True)
         try:
-            source.start(self._nursery)
+            # Over the connections that it has: each new one takes five round trips.
+            source.start(self._nursery, handle)
             # File by file: each begins a new piece, and the one before is not padded.
             content = {path: await source.read(start, size) for path, (start, size) in paths.items()}
         except SourceError as error:
@@ -234,28 +240,33 @@ class Images:
             shutil.rmtree(place, ignore_errors=True)
         return indexes.verify(image, content) or verify_files(image, content)
 
-    async def _metadata(self, image: str, endpoints: list[Endpoint]) -> Any:
-        """The torrent's info dictionary, from peers; libtorrent checks it against the hash."""
+    async def _metadata(self, image: str, endpoints: list[Endpoint], place: Path) -> Any:
+        """libtorrent's handle of the torrent once it has its info dictionary from peers, checked against the hash.
+
+        Nothing of the content is fetched yet, for which `place` is the directory. The caller removes the torrent.
+        """
         wait = _Metadata()
         self.swarm.join(wait)
         try:
             while True:
                 parameters = lt.parse_magnet_uri(magnet(image))
-                parameters.save_path = str(self._directory)
+                parameters.save_path = str(place)
                 parameters.peers = endpoints
                 parameters.flags &= ~(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)
-                # Nothing of it is fetched before it is known to be an image.
+                # Nothing of it is fetched before it is known to be an image. (With no_verify_files as well, libtorrent
+                # 2.1 crashes once something is fetched.)
                 parameters.flags |= lt.torrent_flags.default_dont_download
-                parameters.flags |= lt.torrent_flags.no_verify_files
-                wait.handle = self.swarm.session.add_torrent(parameters)
+                wait.handle = handle = self.swarm.session.add_torrent(parameters)
                 try:
                     # Added anew now and then: an unreachable peer is otherwise tried too seldom.
                     with trio.move_on_after(10.0 if self.swarm.settings.discovers else 2.0):
                         await wait.arrived.wait()
-                        return wait.handle.torrent_file()
+                        found, handle = handle, None
+                        return found
                 finally:
-                    handle, wait.handle = wait.handle, None
-                    self.swarm.session.remove_torrent(handle)
+                    wait.handle = None
+                    if handle is not None:
+                        self.swarm.session.remove_torrent(handle)
         finally:
             self.swarm.leave(wait)
 

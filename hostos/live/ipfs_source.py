@@ -157,7 +157,7 @@ class IpfsSource:
     def _expected(self, piece: int) -> bool:
         return piece in self._here or piece in self._waiting
 
-    def _ask(self, piece: int, _milliseconds: int) -> None:
+    def _ask(self, piece: int, _priority: int) -> None:
         if self._nursery is None:
             self._early.append(piece)
         else:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import libtorrent as lt
 
 from hostos.live.ledger import Endpoint, Ledger
-from hostos.live.schedule import NOBODY, Neighbours
+from hostos.live.neighbours import NOBODY, Neighbours, Watch
 from hostos.live.session import Swarm
 
 STALL_FIRST, STALL_MOST = 1.0, 8.0
@@ -27,7 +27,7 @@ OFFLINE_FIRST, OFFLINE_MOST = 0.25, 2.0
 OFFLINE_PATIENT = 10.0
 """The least of them while the same can be had elsewhere: what came meanwhile is handed over again each time."""
 
-LOOK_EVERY = 0.1
+LOOK_EVERY = 0.05
 """Seconds at least between two looks at what peers have."""
 
 Parameters = Callable[[], Any]
@@ -65,12 +65,13 @@ class Membership:
         """Nobody connected is no reason to hurry: there are other ways to get what is wanted."""
         self._offline_pause = OFFLINE_FIRST
         self._neighbours, self._looked, self._look_every = NOBODY, 0.0, LOOK_EVERY
+        self._watch = Watch(swarm.peer_id)
         self._past = (0, 0, 0)  # downloaded, uploaded, wasted by earlier handles
 
     # --- in and out -------------------------------------------------------------------------------
 
     def join(self, have: Sequence[bool], wanted: Mapping[int, int]) -> None:
-        """`have`: for each piece, whether it is on disk; `wanted`: pieces and their deadlines in ms."""
+        """`have`: for each piece, whether it is on disk; `wanted`: pieces and their priorities."""
         parameters = self._parameters()
         parameters.save_path = str(self._directory)
         parameters.flags &= ~(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)
@@ -90,8 +91,18 @@ class Membership:
         self.handle = self._swarm.session.add_torrent(parameters)
         self._joined = self._progress = time.monotonic()
         self._received = 0
-        for piece, deadline in wanted.items():
-            self.ask(piece, deadline)
+        for piece, priority in wanted.items():
+            self.ask(piece, priority)
+
+    def adopt(self, handle: Any, wanted: Mapping[int, int]) -> None:
+        """Be in the swarm by a handle that exists, of which nothing is wanted yet; `wanted` as in `join`."""
+        self._swarm.join(self)
+        handle.prioritize_pieces(list(wanted.items()))
+        self.handle = handle
+        self._joined = self._progress = time.monotonic()
+        for peer in handle.get_peer_info():
+            if not peer.flags & (lt.peer_info.connecting | lt.peer_info.handshake):
+                self.connected.add((peer.ip[0], peer.ip[1]))
 
     def leave(self) -> None:
         """Nothing happens if it is not joined."""
@@ -115,10 +126,15 @@ class Membership:
 
     # --- asking (nothing happens while it is not joined) ------------------------------------------
 
-    def ask(self, piece: int, deadline: int) -> None:
-        """Have a piece fetched; `deadline` in milliseconds, the smallest first."""
+    def ask(self, piece: int, priority: int) -> None:
+        """Have a piece fetched; `priority`: 1 to 7, the highest first."""
         if self.handle is not None:
-            self.handle.set_piece_deadline(piece, deadline)
+            self.handle.piece_priority(piece, priority)
+
+    def hurry(self, piece: int) -> None:
+        """Have a piece fetched from whoever has it."""
+        if self.handle is not None:
+            self.handle.set_piece_deadline(piece, 0)
 
     def read_back(self, piece: int) -> None:
         """Have libtorrent hand over a piece that it has, in a `read_piece_alert`."""
@@ -166,12 +182,10 @@ class Membership:
         if not self.connected or self.handle is None:
             self._neighbours = NOBODY
         elif now - self._looked > self._look_every:
-            self._neighbours = Neighbours(
-                tuple(
-                    peer.pieces
-                    for peer in self.handle.get_peer_info()
-                    if not peer.flags & (lt.peer_info.seed | lt.peer_info.connecting | lt.peer_info.handshake)
-                )
+            self._neighbours = self._watch.look(
+                (peer.pid.to_bytes(), peer.pieces)
+                for peer in self.handle.get_peer_info()
+                if not peer.flags & (lt.peer_info.seed | lt.peer_info.connecting | lt.peer_info.handshake)
             )
             self._looked = time.monotonic()
             # It takes longer the larger the image is.

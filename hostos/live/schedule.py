@@ -3,16 +3,20 @@
     blocked reads  >  boot trace  >  read-ahead  >  the rest, while nothing else is to be done
 
 Blocked reads are not queued here: they are asked for at once. But what has been asked for already is
-on the wire before them, so the others keep to a window: large enough to keep the link full, and no
-larger. It doubles as long as that makes pieces come faster.
+on the wire before them, and before what other machines wait for, so the others keep to a window: large enough to
+keep the link full, and no larger. It doubles as long as that makes pieces come faster, and not only later.
 
-Among others that are fetching the same image (`Neighbours`), a boot trace is not followed to the letter: what one of
-them has already comes first, and else anything of the next few MB, so that each gets something else
-from the seed, and has it to give.
+A peer that is far away is asked for more than that by libtorrent itself, out of a stock of what comes next, in the
+order of their priorities.
+
+Among others that are fetching the same (`hostos.live.neighbours`), a boot trace is not followed to the letter: of its
+next few MB, what one of them has already is asked for, and what is for this machine to bring in. What is for
+another to bring in is left to it, for a while even if somebody here waits for it.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import time
@@ -23,19 +27,39 @@ from itertools import islice
 
 from hostos.errors import UserError
 from hostos.live.journal import Why
+from hostos.live.neighbours import NOBODY, Neighbours
+from hostos.live.swarm_settings import REQUESTS
 
-WINDOW_LEAST, WINDOW_MOST = 256 * 1024, 16 * 1024 * 1024
-"""Bytes asked for ahead. The least is 40 ms of 50 Mbit/s; the most keeps 600 Mbit/s at 200 ms full."""
+WINDOW_LEAST, WINDOW_FIRST, WINDOW_MOST = 64 * 1024, 128 * 1024, 16 * 1024 * 1024
+"""Bytes asked for ahead: the least, at first, and the most, which keeps 600 Mbit/s at 200 ms full."""
 FASTER, SLOWER = 1.2, 0.4
 """A window counts as better, or as too large, when the rate becomes that many times what it was."""
+QUEUE = 0.06
+"""Seconds at least that pieces may come later than the quickest did, because they queue for a link that is full; as
+long as that took, if it is more. Twice that, and the window is too large."""
+FAR = 0.012
+"""Seconds on the way from which on libtorrent is to have a stock of pieces to ask for. Whenever it has asked a peer for
+all that it is to fetch, "end game", it asks for nothing more until all of that has come, which costs a round trip
+(`peer_connection::desired_queue_size`)."""
+STOCK = (REQUESTS + 16) * 16 * 1024
+"""Bytes of that stock: as many blocks as peers let be asked for at a time, and some."""
+STEP = 384 * 1024
+"""Bytes of the stock that have the same priority: the first are asked for first."""
+FORGET = 20.0
+"""Seconds after which the quickest no longer counts: the path may have changed."""
 SPREAD = 4 * 1024 * 1024
 """Bytes of a boot trace out of which something is picked among others who fetch the same. More would be shared still
 better, and delay what is read first."""
+PATIENCE = 1.0
+"""Seconds for which somebody may wait for what another machine is to bring in before it is asked for here."""
 IDLE = 0.3
 """Seconds without a blocked read after which the rest may be fetched."""
 
-# Milliseconds for libtorrent: it orders by them, and asks at once for what is due within a second.
-DEADLINES: dict[Why, int] = {"demand": 0, "trace": 300, "ahead": 600, "rest": 900}
+PRIORITIES: dict[Why, int] = {"demand": 7, "trace": 6, "ahead": 6, "rest": 1}
+"""libtorrent's, from 1 to 7: what it asks a peer for next is of the highest. Those of trace and read-ahead are for what
+comes first in a stock."""
+LEAST_AHEAD = 2
+"""The priority of the end of a stock."""
 
 
 @dataclass(frozen=True)
@@ -59,52 +83,56 @@ REST_OFF = Rest()
 
 
 class Window:
-    """How many bytes may be under way: grows like a TCP connection that starts, until it is of no use."""
+    """How many bytes may be under way: grows like a TCP connection that starts, until it is of no use, or others are
+    kept waiting (as in LEDBAT, RFC 6817)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self.size = WINDOW_LEAST
+        self.size = WINDOW_FIRST
+        self._piece = 0
         self._best = 0.0
-        self._round = 0
+        self._round, self._low = 0, math.inf
         self._began = clock()
+        self._quickest, self._measured = math.inf, self._began
 
     def restart(self) -> None:
         """The window was not full: what comes now says nothing about it."""
-        self._round, self._began = 0, self._clock()
+        self._round, self._low, self._began = 0, math.inf, self._clock()
 
-    def arrived(self, size: int) -> None:
-        """`size` bytes came while the window was full."""
+    def arrived(self, size: int, waited: float | None = None) -> None:
+        """`size` bytes came while the window was full; `waited`: seconds since they were asked for."""
+        now = self._clock()
+        self._piece = size
+        if waited is not None:
+            self._low = min(self._low, waited)
+            if waited < self._quickest or now - self._measured > FORGET:
+                self._quickest, self._measured = waited, now
         self._round += size
         if self._round < self.size:
             return
-        rate = self._round / max(self._clock() - self._began, 1e-6)
+        rate, late = self._round / max(now - self._began, 1e-6), self._low - self._quickest
+        queue = max(QUEUE, self._quickest)
         self.restart()
         if rate > FASTER * self._best:
             self._best = rate
-            self.size = min(2 * self.size, WINDOW_MOST)
+            if not late > queue:
+                self.size = min(2 * self.size, WINDOW_MOST)
         elif rate < SLOWER * self._best:
             self._best = rate / FASTER
             self.size = max(self.size // 2, WINDOW_LEAST)
+        elif late > 2 * queue:
+            self.size = max(self.size // 2, WINDOW_LEAST)
 
-
-@dataclass(frozen=True)
-class Neighbours:
-    """Peers that don't have everything yet either: which pieces each of them has."""
-
-    pieces: Sequence[Sequence[bool]] = ()
-
-    def have(self, piece: int) -> bool:
-        """Whether one of them has it."""
-        return any(each[piece] for each in self.pieces)
-
-
-NOBODY = Neighbours()
+    @property
+    def far(self) -> bool:
+        """Whether pieces are longer on their way than the link takes to carry them."""
+        return self._best > 0 and FAR < self._quickest - self._piece / self._best < math.inf
 
 
 class Schedule:
     """Asks for pieces that nobody waits for.
 
-    `expected(piece)`: it is here, or being waited for; `ask(piece, milliseconds)`: have it fetched.
+    `expected(piece)`: it is here, or being waited for; `ask(piece, priority)`: have it fetched.
     """
 
     def __init__(
@@ -116,12 +144,16 @@ class Schedule:
         clock: Callable[[], float] = time.monotonic,
         choose: Callable[[Sequence[int]], int] = random.choice,
     ) -> None:
-        self.neighbours = NOBODY
+        self._neighbours = NOBODY
+        self._let_down: set[bytes] = set()
         self._choose = choose
         self._pieces, self._piece_size = pieces, piece_size
         self._expected, self._ask, self._clock = expected, ask, clock
         self.window = Window(clock)
         self.asked: dict[int, Why] = {}
+        self._since: dict[int, float] = {}
+        self._levels: dict[int, int] = {}
+        self._came = 0
         self._rest = REST_OFF
         self._plans: list[deque[int]] = []
         self._ahead: deque[int] = deque()
@@ -155,28 +187,90 @@ class Schedule:
         self._busy = self._clock()
         return self.asked.pop(piece, None)
 
+    # --- among others -------------------------------------------------------------------------------
+
+    @property
+    def neighbours(self) -> Neighbours:
+        return self._neighbours
+
+    @neighbours.setter
+    def neighbours(self, found: Neighbours) -> None:
+        self._neighbours = found.without(self._let_down)
+
+    def left_to_others(self, piece: int) -> bool:
+        """Whether somebody who waits for it may leave it to another machine for `PATIENCE` seconds."""
+        neighbours = self._neighbours
+        return (
+            bool(neighbours.others)
+            and any(piece in plan for plan in self._plans)
+            and not neighbours.have(piece)
+            and neighbours.bringer(piece) != neighbours.me
+        )
+
+    def let_down(self, piece: int) -> None:
+        """It did not come from whom it was left to."""
+        self._let_down.add(self._neighbours.bringer(piece))
+        self._neighbours = self._neighbours.without(self._let_down)
+
     # --- asking -------------------------------------------------------------------------------------
 
     def pump(self, *, waiting: bool) -> None:
         """Ask for as much as the window allows; `waiting`: somebody is blocked."""
         if waiting:
             self._busy = self._clock()
-        room = self.window.size - len(self.asked) * self._piece_size
+        room = self._most - len(self.asked) * self._piece_size
+        self._promote()
         while room > 0:
             found = self._next()
             if found is None:
                 self.window.restart()
                 return
             piece, why = found
-            self.asked[piece] = why
+            self.asked[piece], self._since[piece] = why, self._clock()
+            self._levels[piece] = self._level(len(self.asked) - 1, piece, why)
             room -= self._piece_size
-            self._ask(piece, DEADLINES[why])
+            self._ask(piece, self._levels[piece])
+
+    @property
+    def _stocking(self) -> bool:
+        return self.window.far and not self._neighbours.others
+
+    @property
+    def _most(self) -> int:
+        """Bytes that may be asked for at a time."""
+        if self._neighbours.others:
+            # What is for this machine to bring in is wanted by all the others; the plan is not looked at further on.
+            return max(self.window.size, SPREAD)
+        return max(self.window.size, STOCK) if self._stocking else self.window.size
+
+    def _level(self, place: int, piece: int, why: Why) -> int:
+        """The priority of the piece that is asked for in that place."""
+        if self._neighbours.others and why == "trace":
+            # So the seed, which has all of them, is asked first for what only it has.
+            return PRIORITIES[why] - self._neighbours.have(piece)
+        if why == "rest" or not self._stocking:
+            return PRIORITIES[why]
+        return max(PRIORITIES[why] - place * self._piece_size // STEP, LEAST_AHEAD)
+
+    def _promote(self) -> None:
+        """Give what has moved up the priority of its place."""
+        if self._came * self._piece_size < STEP // 2 or not self._stocking:
+            return
+        self._came = 0
+        for place, (piece, why) in enumerate(self.asked.items()):
+            level = self._level(place, piece, why)
+            if self._levels.get(piece) != level:
+                self._levels[piece] = level
+                self._ask(piece, level)
 
     def arrived(self, piece: int) -> Why:
         """Why it was fetched. More may now be asked for: `pump`."""
-        why = self.asked.pop(piece, "demand")
+        why, since = self.asked.pop(piece, "demand"), self._since.pop(piece, None)
+        self._levels.pop(piece, None)
+        self._came += 1
         if why != "rest":
-            self.window.arrived(self._piece_size)
+            waited = None if since is None or why == "demand" else self._clock() - since
+            self.window.arrived(self._piece_size, waited)
         return why
 
     @property
@@ -194,25 +288,30 @@ class Schedule:
 
     def _next(self) -> tuple[int, Why] | None:
         for plan in self._plans:
-            while plan:
-                if not self._has(piece := self._next_of_plan(plan)):
-                    return piece, "trace"
+            if (piece := self._next_of_plan(plan)) is not None:
+                return piece, "trace"
         while self._ahead:
             if not self._has(piece := self._ahead.popleft()):
                 return piece, "ahead"
         return self._next_of_rest()
 
-    def _next_of_plan(self, plan: deque[int]) -> int:
-        """Takes it off the plan, which is not empty."""
-        if not self.neighbours.pieces:
-            return plan.popleft()
-        while self._has(plan[0]) and len(plan) > 1:
+    def _next_of_plan(self, plan: deque[int]) -> int | None:
+        """Takes it off the plan; None if there is nothing, or nothing to be done here."""
+        while plan and self._has(plan[0]):
             plan.popleft()
-        near = list(islice(plan, max(SPREAD // self._piece_size, 1)))
-        piece = next((each for each in near if self.neighbours.have(each)), None)
-        if piece is None:
+        if not plan:
+            return None
+        neighbours = self._neighbours
+        if not neighbours.others:
+            return plan.popleft()
+        near = [piece for piece in islice(plan, max(SPREAD // self._piece_size, 1)) if not self._has(piece)]
+        me = neighbours.me
+        piece = next((each for each in near if neighbours.have(each) or neighbours.bringer(each) == me), None)
+        if piece is None and not self.asked:
+            # Better twice than never.
             piece = self._choose(near)
-        plan.remove(piece)
+        if piece is not None:
+            plan.remove(piece)
         return piece
 
     def _next_of_rest(self) -> tuple[int, Why] | None:

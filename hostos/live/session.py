@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Callable
 from typing import Any, Protocol, cast
@@ -36,13 +37,19 @@ BUSY_TICK = 0.1
 IDLE_TICK = 5.0
 
 
-def settings(listen: str) -> dict[str, Any]:
-    """Settings for reading on demand. `listen`: `ADDRESS:PORT`, comma-separated for several."""
+PEER_ID = "-HO0001-"
+"""How our peer IDs begin, in the style that BEP 20 describes; what follows is random, anew in each process."""
+
+
+def settings(listen: str, peer_id: str = "") -> dict[str, Any]:
+    """Settings for reading on demand. `listen`: `ADDRESS:PORT`, comma-separated for several; `peer_id`: 20 characters,
+    libtorrent's own choice if it is empty."""
     return {
         "listen_interfaces": listen,
         "alert_mask": int(ALERTS),
         "alert_queue_size": 50000,
         "user_agent": "hostos",
+        "peer_fingerprint": peer_id,
         # Privacy: nobody is told that this machine wants or has something.
         **SwarmSettings().settings(),
         "enable_upnp": False,
@@ -62,6 +69,8 @@ def settings(listen: str) -> dict[str, Any]:
         "close_redundant_connections": False,
         # What has been fetched is shared without rationing.
         "unchoke_slots_limit": -1,
+        # Seconds of a peer's rate that may be asked of it: among several who fetch the same, less waits in its queue.
+        "request_queue_time": 1,
         # Small machines: a guest of 192 MB runs this.
         "aio_threads": 2,
         "hashing_threads": 1,
@@ -87,7 +96,10 @@ class Swarm:
 
     def __init__(self, listen: str) -> None:
         self.listen = listen
-        self.session: Any = lt.session(cast(Any, settings(listen)))
+        name = PEER_ID + secrets.token_hex(6)
+        self.peer_id = name.encode()
+        """By which others know us, in all torrents; libtorrent does not say which it chose."""
+        self.session: Any = lt.session(cast(Any, settings(listen, name)))
         limit_everyone(self.session)
         self.settings = SwarmSettings()
         self.nodelay = NoDelay()

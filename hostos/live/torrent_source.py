@@ -22,7 +22,7 @@ from hostos.live.journal import Journal
 from hostos.live.ledger import Endpoint, Ledger
 from hostos.live.membership import Membership, Parameters
 from hostos.live.pieces import PieceHashes, PieceStore
-from hostos.live.schedule import DEADLINES, Schedule
+from hostos.live.schedule import PATIENCE, PRIORITIES, Schedule
 from hostos.live.session import Swarm
 from hostos.live.source import ReadAhead, SourceError, SourceStats, Waits
 from hostos.live.url import Url
@@ -37,10 +37,13 @@ OFFER_SLICE, OFFER_EVERY = 0.05, 10.0
 times that they are told."""
 LOST_PAUSE = 0.5
 """Seconds before a piece that could not be written is tried again: the disk is likely full."""
-DEMAND = DEADLINES["demand"]
+DEMAND = PRIORITIES["demand"]
 HEDGE = 1.0
 """Seconds that connected peers have for a piece somebody waits for before web seeds are asked, too. Halved
 each time those were faster, doubled each time they were not."""
+HURRY = 2.0
+"""Seconds after which libtorrent is given a deadline for a piece that somebody waits for: it then asks other peers for
+it, too."""
 GIVE_AGAIN = 1.0
 """Seconds after which libtorrent is handed a piece again that it has not confirmed."""
 
@@ -63,11 +66,13 @@ def from_metadata(info: Any) -> Parameters:
 
 @dataclass
 class _Wait:
-    """Readers blocked on one piece; `event` is set when it is there."""
+    """Readers blocked on one piece; `event` is set when it is there. `left`: to another machine, so far."""
 
     event: trio.Event = field(default_factory=trio.Event)
     readers: int = 1
+    left: bool = False
     began: float = field(default_factory=time.monotonic)
+    asked: float = field(default_factory=time.monotonic)
 
 
 class TorrentSource:
@@ -146,15 +151,22 @@ class TorrentSource:
 
     # --- life -------------------------------------------------------------------------------------
 
-    def start(self, nursery: trio.Nursery) -> None:
-        """Join the swarm. What an earlier run left in the directory is used once it is proved."""
+    def start(self, nursery: trio.Nursery, handle: Any = None) -> None:
+        """Join the swarm. What an earlier run left in the directory is used once it is proved.
+
+        `handle`: of this torrent in this session, with nothing fetched yet and the same directory: it is taken over,
+        and all pieces are asked for at once.
+        """
         self._nursery = nursery
         self._directory.mkdir(parents=True, exist_ok=True)
         self._store.open()
         if self.web:
             self.web.start(nursery)
         self._membership.patient = self._webbed
-        self._membership.join(self._store.on_disk(), self._wanted())
+        if handle is not None:
+            self._membership.adopt(handle, dict.fromkeys(range(self.pieces), DEMAND))
+        else:
+            self._membership.join(self._store.on_disk(), self._wanted())
 
     async def close(self) -> None:
         """Leave the swarm; reads that wait fail."""
@@ -171,8 +183,8 @@ class TorrentSource:
         self._nursery = None
 
     def _wanted(self) -> dict[int, int]:
-        """What the swarm is asked for: pieces and their deadlines."""
-        asked = {piece: DEADLINES[why] for piece, why in self.schedule.asked.items()}
+        """What the swarm is asked for: pieces and their priorities."""
+        asked = {piece: PRIORITIES[why] for piece, why in self.schedule.asked.items()}
         return {**asked, **dict.fromkeys(self._waiting, DEMAND)}
 
     def _expected(self, piece: int) -> bool:
@@ -262,24 +274,38 @@ class TorrentSource:
         if not self._waiting:
             self._membership.expect()
         wait = self._waiting[piece] = _Wait()
-        if self.schedule.demanded(piece):
+        late = self.schedule.demanded(piece)
+        if late:
             self._stats.late += 1
         if self._store.verified(piece):
             self._membership.read_back(piece)
+        elif not late and self.schedule.left_to_others(piece):
+            wait.left = True
         else:
             self._ask(piece, DEMAND)
             self._rebuild_if(self._membership.lonely())
         return wait
 
-    def _ask(self, piece: int, deadline: int) -> None:
+    def _ask(self, piece: int, priority: int) -> None:
         """Have a piece fetched: from peers, and from web seeds if there is nobody else."""
         if self.web and self._webbed and not self._membership.connected:
-            self.web.fetch(piece, ahead=deadline > DEMAND)
-            if deadline > DEMAND:
+            self.web.fetch(piece, ahead=priority < DEMAND)
+            if priority < DEMAND:
                 return
-        elif self.web and self._webbed and deadline == DEMAND and not self._hedge:
+        elif self.web and self._webbed and priority == DEMAND and not self._hedge:
             self.web.fetch(piece, ahead=False)
-        self._membership.ask(piece, deadline)
+        self._membership.ask(piece, priority)
+
+    def _look_after_what_was_left(self) -> None:
+        for piece, wait in self._waiting.items():
+            if wait.left and not self.schedule.left_to_others(piece):
+                wait.left = False
+            elif wait.left and time.monotonic() - wait.began > PATIENCE:
+                self.schedule.let_down(piece)
+                wait.left = False
+            else:
+                continue
+            self._ask(piece, DEMAND)
 
     def _wake(self, piece: int) -> None:
         if wait := self._waiting.pop(piece, None):
@@ -375,7 +401,7 @@ class TorrentSource:
         the swarm is joined anew. Whether there is more to do."""
         if not self._membership.connected or (self._store.next_claim() is None and not self._proved):
             return False
-        if self._membership.neighbours().pieces:
+        if self._membership.neighbours().others:
             began = time.monotonic()
             while (piece := self._store.next_claim()) is not None and time.monotonic() - began < OFFER_SLICE:
                 self._proved += self._store.prove(piece)
@@ -417,6 +443,7 @@ class TorrentSource:
             self._begin_flush()
         if self.schedule.active:
             self.schedule.neighbours = self._membership.neighbours()
+        self._look_after_what_was_left()
         if not self._waiting:
             # Back to several sources only while nobody waits.
             self._rebuild_if(self._membership.cleared())
@@ -428,7 +455,16 @@ class TorrentSource:
             self._rebuild_if(self._membership.lonely())
         else:
             self._rebuild_if(self._membership.stalled())
+            self._hurry()
         return True
+
+    def _hurry(self) -> None:
+        """Have others asked as well for what has been waited for too long."""
+        now = time.monotonic()
+        for piece, wait in self._waiting.items():
+            if now - wait.asked > HURRY and not self._store.verified(piece):
+                wait.asked = now
+                self._membership.hurry(piece)
 
     def _rebuild_if(self, why: str, pause: float = 0.0) -> None:
         """Join the swarm anew in `pause` seconds, if there is a reason."""

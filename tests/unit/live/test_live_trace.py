@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 
 from hostos.errors import UserError
 from hostos.live.journal import Journal
-from hostos.live.schedule import NOBODY, SPREAD, WINDOW_LEAST, WINDOW_MOST, Neighbours, Rest, Schedule, Window
+from hostos.live.neighbours import BUSY, NOBODY, Neighbour, Neighbours, Watch
+from hostos.live.schedule import (
+    LEAST_AHEAD,
+    PRIORITIES,
+    SPREAD,
+    STOCK,
+    WINDOW_FIRST,
+    WINDOW_LEAST,
+    WINDOW_MOST,
+    Rest,
+    Schedule,
+    Window,
+)
 from hostos.live.trace import MAX_TRACE, Range, Trace, Workload, pieces
 
 SIZES = (1_000_000, 50_000)
@@ -120,9 +132,13 @@ class Asked:
         self.clock = Clock()
         self.here: set[int] = set()
         self.asked: list[int] = []
-        self.schedule = Schedule(
-            count, PIECE, self.here.__contains__, lambda piece, _: self.asked.append(piece), self.clock, max
-        )
+        self.priorities: dict[int, int] = {}
+        self.schedule = Schedule(count, PIECE, self.here.__contains__, self.ask, self.clock, max)
+
+    def ask(self, piece: int, priority: int) -> None:
+        if piece not in self.priorities:
+            self.asked.append(piece)
+        self.priorities[piece] = priority
 
     def come(self, piece: int, after: float = 0.0) -> str:
         self.clock.now += after
@@ -136,35 +152,104 @@ def test_the_trace_is_asked_for_in_order_and_never_more_than_the_window() -> Non
     made = Asked()
     made.schedule.replay(range(100, 200))
     made.schedule.pump(waiting=True)
-    assert made.asked == [100, 101, 102, 103]
+    assert made.asked == [100, 101]
     assert made.come(101, 0.01) == "trace"
-    assert made.asked == [100, 101, 102, 103, 104]
+    assert made.asked == [100, 101, 102]
     made.schedule.pump(waiting=True)
-    assert len(made.asked) == 5
+    assert len(made.asked) == 3
+    assert set(made.priorities.values()) == {PRIORITIES["trace"]}
+
+
+def test_of_who_is_far_away_a_stock_is_asked_for_in_its_order() -> None:
+    made = Asked()
+    made.schedule.replay(range(1000))
+    made.schedule.pump(waiting=True)
+    # 50 ms from the first request to its answer, of which the link takes 10.
+    made.come(0, 0.05)
+    made.come(1, 0.01)
+    assert made.schedule.window.far
+    assert made.asked == list(range(2 + STOCK // PIECE))
+    order = [made.priorities[piece] for piece in made.asked[2:]]
+    assert order == sorted(order, reverse=True)
+    assert order[0] == PRIORITIES["trace"]
+    assert order[-1] == LEAST_AHEAD
+    # What moves up gets the priority of its place.
+    made.clock.now += 0.05
+    for piece in range(2, 20):
+        made.come(piece, 0.01)
+    order = [made.priorities[piece] for piece in made.asked if piece not in made.here]
+    assert order == sorted(order, reverse=True)
+    assert order[0] == PRIORITIES["trace"]
 
 
 def having(*pieces: int) -> list[bool]:
     return [piece in pieces for piece in range(1000)]
 
 
-def test_among_others_first_what_they_have_and_else_anything_near() -> None:
+def beside(*others: list[bool], busy: bool = True) -> Neighbours:
+    """Others that have these pieces."""
+    return Neighbours(b"me", tuple(Neighbour(b"other %d" % number, each, busy) for number, each in enumerate(others)))
+
+
+def test_among_others_what_they_have_and_what_is_ours_to_bring_in() -> None:
     made = Asked()
     made.schedule.replay(range(100, 300))
-    made.schedule.neighbours = Neighbours((having(0, 110, 250), having(103)))
+    neighbours = beside(having(0, 110, 250), having(103))
+    made.schedule.neighbours = neighbours
     made.schedule.pump(waiting=True)
-    # The choice is `max` here; 250 is too far off.
-    last = 100 + SPREAD // PIECE + 1
-    assert made.asked == [103, 110, last, last + 1]
+    near = range(100, 100 + SPREAD // PIECE + len(made.asked))
+    assert {103, 110} < set(made.asked) < set(near)
+    ours = set(made.asked) - {103, 110}
+    assert 10 < len(ours) < 40
+    assert all(neighbours.bringer(piece) == b"me" for piece in ours)
+    # So that the seed is asked for what only it has.
+    assert made.priorities[103] < min(made.priorities[piece] for piece in ours)
     made.schedule.neighbours = NOBODY
-    made.come(103)
-    assert made.asked[4:] == [100]
+    for piece in made.asked.copy():
+        made.come(piece)
+    assert set(range(100, 103)) <= set(made.asked)
+
+
+def test_each_piece_has_one_bringer_whoever_is_asked() -> None:
+    names = [b"-HO0001-%012d" % number for number in range(3)]
+    views = [Neighbours(name, tuple(Neighbour(other, having()) for other in names if other != name)) for name in names]
+    shares = dict.fromkeys(names, 0)
+    for piece in range(300):
+        (bringer,) = {view.bringer(piece) for view in views}
+        shares[bringer] += 1
+    assert all(60 < share < 140 for share in shares.values())
+
+
+def test_who_fetches_nothing_brings_nothing_in() -> None:
+    assert {beside(having(), having(), busy=False).bringer(piece) for piece in range(50)} == {b"me"}
+    watch = Watch(b"me", clock := Clock())
+    assert watch.look([(b"a", having(1)), (b"b", having(1))]).others[0].busy
+    clock.now += BUSY + 0.1
+    idle, fetching = watch.look([(b"a", having(1)), (b"b", having(1, 2))]).others
+    assert (idle.busy, fetching.busy) == (False, True)
+
+
+def test_what_somebody_waits_for_is_left_to_its_bringer_once() -> None:
+    made = Asked()
+    made.schedule.replay(range(100))
+    neighbours = beside(having(7))
+    made.schedule.neighbours = neighbours
+    theirs = [piece for piece in range(100) if neighbours.bringer(piece) != b"me"]
+    assert 7 in theirs or made.schedule.left_to_others(theirs[0])
+    assert made.schedule.left_to_others(theirs[0])
+    assert not made.schedule.left_to_others(7)  # it is there
+    assert not made.schedule.left_to_others(500)  # nobody fetches it ahead
+    made.schedule.let_down(theirs[0])
+    assert not any(made.schedule.left_to_others(piece) for piece in theirs)
+    made.schedule.neighbours = neighbours
+    assert not any(made.schedule.left_to_others(piece) for piece in theirs)
 
 
 def test_among_others_everything_is_asked_for_once_in_the_end() -> None:
     made = Asked()
     made.here.update(range(100, 120))
     made.schedule.replay([*range(100, 200), *range(90, 110)])
-    made.schedule.neighbours = Neighbours((having(*range(0, 1000, 3)),))
+    made.schedule.neighbours = beside(having(*range(0, 1000, 3)))
     made.schedule.pump(waiting=True)
     while left := [piece for piece in made.asked if piece not in made.here]:
         made.come(left[0])
@@ -178,6 +263,7 @@ def test_the_trace_goes_before_read_ahead_and_that_before_the_rest() -> None:
     made.schedule.ahead([5])
     made.schedule.replay([7])
     made.schedule.pump(waiting=False)
+    made.come(7)
     assert made.asked[:3] == [7, 5, 0]
 
 
@@ -189,10 +275,10 @@ def test_the_rest_waits_until_nobody_has_waited_for_a_while() -> None:
     assert made.asked == []
     made.clock.now += 0.5
     made.schedule.pump(waiting=False)
-    assert made.asked == [0, 1, 2, 3]
+    assert made.asked == [0, 1]
     made.schedule.demanded(77)
     made.come(0)
-    assert len(made.asked) == 4
+    assert made.asked == [0, 1]
 
 
 def test_the_rest_keeps_its_rate() -> None:
@@ -213,7 +299,9 @@ def test_what_is_here_or_on_its_way_is_not_asked_for_again() -> None:
     made.schedule.replay([0, 1, 2, 3])
     made.schedule.replay([3, 0, 4])
     made.schedule.pump(waiting=False)
-    assert made.asked == [0, 3, 4]
+    assert made.asked == [0, 3]
+    made.come(0)
+    assert made.asked[:3] == [0, 3, 4]
     assert made.schedule.demanded(3) == "trace"
     assert made.schedule.demanded(3) is None
 
@@ -223,9 +311,9 @@ def test_nothing_is_fetched_for_who_has_gone() -> None:
     plan = made.schedule.replay(range(50))
     made.schedule.pump(waiting=False)
     made.schedule.drop(plan)
-    for piece in (0, 1, 2, 3):
+    for piece in (0, 1):
         made.come(piece)
-    assert made.asked == [0, 1, 2, 3]
+    assert made.asked == [0, 1]
     assert not made.schedule.active
 
 
@@ -243,7 +331,7 @@ def test_the_window_keeps_the_link_full_and_is_not_much_larger(rate: float, roun
     window = Window(clock)
     deliver(window, clock, rate, round_trip, 10.0)
     assert window.size >= 0.85 * rate * round_trip
-    assert WINDOW_LEAST <= window.size <= max(4 * rate * round_trip, 2 * WINDOW_LEAST)
+    assert WINDOW_LEAST <= window.size <= max(4 * rate * round_trip, 2 * WINDOW_FIRST)
     assert window.size <= WINDOW_MOST
 
 

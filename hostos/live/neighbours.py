@@ -1,0 +1,79 @@
+"""Peers that are fetching the same content at the same time, and how the work is divided among them.
+
+Several machines that start together want the same blocks in the same order, and if each asks the one seed for all of
+them, each waits for the seed to send everything as often as there are machines. So each piece has one of them to
+bring it in, from whom the others have it then. Who that is needs no talk: rendezvous hashing (Thaler and Ravishankar,
+1998) over the peer IDs, which all of them know, tells everybody the same, and nearly so if they don't all know each
+other.
+
+Nobody is relied upon who does not fetch anything, or has once not brought in what was waited for.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+BUSY = 0.6
+"""Seconds since a neighbour last got something, or was first seen, for which it counts as fetching."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """`name`: its peer ID; `pieces`: for each piece, whether it has it; `busy`: whether it is fetching."""
+
+    name: bytes
+    pieces: Sequence[bool]
+    busy: bool = True
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """`me`: our own peer ID; `others`: all peers that lack something."""
+
+    me: bytes = b""
+    others: tuple[Neighbour, ...] = ()
+
+    def have(self, piece: int) -> bool:
+        """Whether one of the others has it."""
+        return any(each.pieces[piece] for each in self.others)
+
+    def bringer(self, piece: int) -> bytes:
+        """Who is to bring the piece in, of those who fetch."""
+        names = (self.me, *(each.name for each in self.others if each.busy))
+        return max(names, key=lambda name: (zlib.crc32(b"%d" % piece, zlib.crc32(name)), name))
+
+    def without(self, names: Iterable[bytes]) -> Neighbours:
+        """The same; those named are not relied upon."""
+        unreliable = frozenset(names)
+        if not unreliable:
+            return self
+        others = tuple(
+            Neighbour(each.name, each.pieces, each.busy and each.name not in unreliable) for each in self.others
+        )
+        return Neighbours(self.me, others)
+
+
+NOBODY = Neighbours()
+
+
+class Watch:
+    """Which of the neighbours are fetching: those whose number of pieces grows."""
+
+    def __init__(self, me: bytes, clock: Callable[[], float] = time.monotonic) -> None:
+        self._me, self._clock = me, clock
+        self._seen: dict[bytes, tuple[int, float]] = {}
+
+    def look(self, peers: Iterable[tuple[bytes, Sequence[bool]]]) -> Neighbours:
+        """`peers`: name and pieces of each that lacks something."""
+        now = self._clock()
+        seen, others = {}, []
+        for name, pieces in peers:
+            count = sum(pieces)
+            before, since = self._seen.get(name, (count, now))
+            seen[name] = (count, now if count != before else since)
+            others.append(Neighbour(name, pieces, now - seen[name][1] < BUSY))
+        self._seen = seen
+        return Neighbours(self._me, tuple(others))
