@@ -10,7 +10,9 @@ from contextlib import ExitStack
 
 from bench import network
 from bench.harness import Comparison, Series
+from bench.init_target import system_up
 from bench.live import PROGRAM, Target, client, first_output, seed
+from hostos.live.client import Client
 from hostos.steps import Steps
 
 RATE_MBIT = 20
@@ -19,9 +21,9 @@ GOALS = {3: 1.3, 8: 1.5}
 
 
 def measure(rounds: int, target: Target, plain: Target, env: Mapping[str, str], steps: Steps) -> list[Comparison]:
-    """Time until the last of them has its first output; all begin at once, with the metadata at hand.
+    """Time until the last of them has its first output, and until its init has started everything.
 
-    `target`: with a trace.
+    All begin at once, with the metadata at hand. `target`: with a trace of both.
     """
     with ExitStack() as stack:
         net = stack.enter_context(network.crowd(max(COUNTS)))
@@ -30,26 +32,29 @@ def measure(rounds: int, target: Target, plain: Target, env: Mapping[str, str], 
         peer = seed(stack, net.enter(net.seed), net.address, env)
         net.shape(RATE_MBIT)
         found = []
-        for image, how in ((target, ""), (plain, ", no trace")):
+        for image, init, how in ((target, False, ""), (plain, False, ", no trace"), (target, True, ", whole system")):
             series = {count: Series(f"{count} client{'s' if count > 1 else ''} at once{how}") for count in COUNTS}
             for number in range(rounds):
                 for count in COUNTS:
                     with steps.step(f"{series[count].name}, {number + 1}") as step:
-                        series[count].samples.append(_together(count, net, peer, image))
+                        series[count].samples.append(_together(count, net, peer, image, init))
                         step.detail = f"{series[count].samples[-1]:.2f} s"
             goals = {series[count].name: goal for count, goal in GOALS.items()}
-            title = f"first output of the last client, one seed, everybody at {RATE_MBIT} Mbit/s{how}"
+            what = "until the last client's init has started everything" if init else "first output of the last client"
+            title = f"{what}, one seed, everybody at {RATE_MBIT} Mbit/s{how}"
             found.append(Comparison(title, series[1].name, list(series.values()), goals))
         return found
 
 
-def _together(count: int, net: network.Crowd, peer: str, target: Target) -> float:
+def _together(count: int, net: network.Crowd, peer: str, target: Target, init: bool) -> float:
     names = net.clients[:count]
+
+    def boot(asked: Client, name: str) -> float:
+        if init:
+            return system_up(asked, net.enter(name), target.image, peer, target.bundle, began)[0]
+        return first_output(asked, net.enter(name), target.image, peer, target.bundle, began)[0]
+
     with ExitStack() as stack, ThreadPoolExecutor(count) as pool:
         clients = [stack.enter_context(client(net.enter(name), target.work / name))[0] for name in names]
         began = time.monotonic()
-        waiting = [
-            pool.submit(first_output, asked, net.enter(name), target.image, peer, target.bundle, began)
-            for asked, name in zip(clients, names, strict=True)
-        ]
-        return max(each.result()[0] for each in waiting)
+        return max(pool.map(boot, clients, names))

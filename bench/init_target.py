@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from bench import network
 from bench.harness import Comparison, Series
 from bench.live import PEER_SCRIPT, RATE_MBIT, Target, client, delayed, first_byte
+from hostos.live.client import Client
 from hostos.steps import Steps
 
 ROUND_TRIP_MS = 40
@@ -70,11 +72,18 @@ def _lazy(net: network.Link, target: Target) -> tuple[float, int]:
     enter = net.enter(net.client)
     began = time.monotonic()
     with client(enter, target.work / "lazy") as (asked, _):
-        prepared = asked.ask("prepare", image=target.image, peers=[target.peer], name="bench", init=True, command=[])
-        started = time.monotonic()
-        seconds = started - began + until_ready([*enter, *prepared["argv"]])
-        asked.ask("release", name="bench")
-        layers = asked.ask("timeline", name="bench")["layers"]
+        return system_up(asked, enter, target.image, target.peer, None, began)
+
+
+def system_up(
+    asked: Client, enter: Sequence[str], image: str, peer: str, bundle: dict[str, Any] | None, began: float
+) -> tuple[float, int]:
+    """(seconds since `began` until the init has started everything, bytes of the pieces read)."""
+    prepared = asked.ask("prepare", image=image, peers=[peer], bundle=bundle, name="bench", init=True, command=[])
+    started = time.monotonic()
+    seconds = started - began + until_ready([*enter, *prepared["argv"]])
+    asked.ask("release", name="bench")
+    layers = asked.ask("timeline", name="bench")["layers"]
     return seconds, sum(len(layer["read"]) * layer["piece_size"] for layer in layers)
 
 

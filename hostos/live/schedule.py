@@ -9,6 +9,7 @@ keep the link full, and no larger. It doubles as long as that makes pieces come 
 A peer that is far away is asked for more than that by libtorrent itself, out of a stock of what comes next, in the
 order of their priorities.
 
+In the first second others may be there who don't know of each other yet: then each fetches anything of the next few MB.
 Among others that are fetching the same (`hostos.live.neighbours`), a boot trace is not followed to the letter: of its
 next few MB, what one of them has already is asked for, and what is for this machine to bring in. What is for
 another to bring in is left to it, for a while even if somebody here waits for it.
@@ -20,7 +21,7 @@ import math
 import random
 import re
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -52,6 +53,12 @@ SPREAD = 4 * 1024 * 1024
 better, and delay what is read first."""
 PATIENCE = 1.0
 """Seconds for which somebody may wait for what another machine is to bring in before it is asked for here."""
+FAULTS = 3
+"""How often another machine may have been waited for in vain and still be relied upon."""
+UNKNOWN = 1.2
+"""Seconds from the beginning in which others may be there that nobody has told us of yet."""
+STEAL = 0.3
+"""Seconds without a piece after which what others are to bring in is asked for, if there is nothing else."""
 IDLE = 0.3
 """Seconds without a blocked read after which the rest may be fetched."""
 
@@ -145,7 +152,8 @@ class Schedule:
         choose: Callable[[Sequence[int]], int] = random.choice,
     ) -> None:
         self._neighbours = NOBODY
-        self._let_down: set[bytes] = set()
+        self._faults: Counter[bytes] = Counter()
+        self._began = self._last = clock()
         self._choose = choose
         self._pieces, self._piece_size = pieces, piece_size
         self._expected, self._ask, self._clock = expected, ask, clock
@@ -195,7 +203,7 @@ class Schedule:
 
     @neighbours.setter
     def neighbours(self, found: Neighbours) -> None:
-        self._neighbours = found.without(self._let_down)
+        self._neighbours = found.without(name for name, count in self._faults.items() if count >= FAULTS)
 
     def left_to_others(self, piece: int) -> bool:
         """Whether somebody who waits for it may leave it to another machine for `PATIENCE` seconds."""
@@ -209,8 +217,8 @@ class Schedule:
 
     def let_down(self, piece: int) -> None:
         """It did not come from whom it was left to."""
-        self._let_down.add(self._neighbours.bringer(piece))
-        self._neighbours = self._neighbours.without(self._let_down)
+        self._faults[self._neighbours.bringer(piece)] += 1
+        self.neighbours = self._neighbours
 
     # --- asking -------------------------------------------------------------------------------------
 
@@ -219,6 +227,8 @@ class Schedule:
         if waiting:
             self._busy = self._clock()
         room = self._most - len(self.asked) * self._piece_size
+        if not self.asked:
+            self.window.restart()
         self._promote()
         while room > 0:
             found = self._next()
@@ -268,6 +278,7 @@ class Schedule:
         why, since = self.asked.pop(piece, "demand"), self._since.pop(piece, None)
         self._levels.pop(piece, None)
         self._came += 1
+        self._last = self._clock()
         if why != "rest":
             waited = None if since is None or why == "demand" else self._clock() - since
             self.window.arrived(self._piece_size, waited)
@@ -302,13 +313,15 @@ class Schedule:
         if not plan:
             return None
         neighbours = self._neighbours
-        if not neighbours.others:
+        alone = not neighbours.others
+        if alone and (self._clock() - self._began > UNKNOWN or self.window.far):
             return plan.popleft()
         near = [piece for piece in islice(plan, max(SPREAD // self._piece_size, 1)) if not self._has(piece)]
-        me = neighbours.me
-        piece = next((each for each in near if neighbours.have(each) or neighbours.bringer(each) == me), None)
-        if piece is None and not self.asked:
-            # Better twice than never.
+        me, piece = neighbours.me, None
+        if not alone:
+            piece = next((each for each in near if neighbours.have(each) or neighbours.bringer(each) == me), None)
+        if alone or (piece is None and not self.asked and self._clock() - self._last > STEAL):
+            # So that not all who don't know each other yet fetch the same; and better twice than never.
             piece = self._choose(near)
         if piece is not None:
             plan.remove(piece)

@@ -14,10 +14,13 @@ from hostos.errors import UserError
 from hostos.live.journal import Journal
 from hostos.live.neighbours import BUSY, NOBODY, Neighbour, Neighbours, Watch
 from hostos.live.schedule import (
+    FAULTS,
     LEAST_AHEAD,
     PRIORITIES,
     SPREAD,
+    STEAL,
     STOCK,
+    UNKNOWN,
     WINDOW_FIRST,
     WINDOW_LEAST,
     WINDOW_MOST,
@@ -134,6 +137,8 @@ class Asked:
         self.asked: list[int] = []
         self.priorities: dict[int, int] = {}
         self.schedule = Schedule(count, PIECE, self.here.__contains__, self.ask, self.clock, max)
+        # Whoever else is there is known by now.
+        self.clock.now += 10.0
 
     def ask(self, piece: int, priority: int) -> None:
         if piece not in self.priorities:
@@ -239,10 +244,41 @@ def test_what_somebody_waits_for_is_left_to_its_bringer_once() -> None:
     assert made.schedule.left_to_others(theirs[0])
     assert not made.schedule.left_to_others(7)  # it is there
     assert not made.schedule.left_to_others(500)  # nobody fetches it ahead
-    made.schedule.let_down(theirs[0])
+    for _ in range(FAULTS):
+        assert made.schedule.left_to_others(theirs[0])
+        made.schedule.let_down(theirs[0])
     assert not any(made.schedule.left_to_others(piece) for piece in theirs)
     made.schedule.neighbours = neighbours
     assert not any(made.schedule.left_to_others(piece) for piece in theirs)
+
+
+def test_at_first_not_all_ask_for_the_same() -> None:
+    made = Asked()
+    made.clock.now -= 10.0
+    made.schedule.replay(range(1000))
+    made.schedule.pump(waiting=True)
+    # The choice is `max` here.
+    last = SPREAD // PIECE - 1
+    assert made.asked == [last, last + 1]
+    made.clock.now += UNKNOWN
+    made.come(last, 0.1)
+    assert made.asked[2:] == [0]
+
+
+def test_what_others_are_to_bring_in_is_asked_for_when_nothing_else_is_left() -> None:
+    made = Asked()
+    made.schedule.replay(range(4))
+    made.schedule.neighbours = neighbours = beside(having())
+    made.schedule.pump(waiting=True)
+    ours = [piece for piece in range(4) if neighbours.bringer(piece) == b"me"]
+    assert 0 < len(ours) < 4
+    assert made.asked == ours
+    for piece in ours:
+        made.come(piece)
+    assert made.asked == ours
+    made.clock.now += STEAL + 0.1
+    made.schedule.pump(waiting=True)
+    assert len(made.asked) == len(ours) + 1
 
 
 def test_among_others_everything_is_asked_for_once_in_the_end() -> None:
@@ -250,9 +286,12 @@ def test_among_others_everything_is_asked_for_once_in_the_end() -> None:
     made.here.update(range(100, 120))
     made.schedule.replay([*range(100, 200), *range(90, 110)])
     made.schedule.neighbours = beside(having(*range(0, 1000, 3)))
-    made.schedule.pump(waiting=True)
-    while left := [piece for piece in made.asked if piece not in made.here]:
-        made.come(left[0])
+    for _ in range(100):
+        made.clock.now += STEAL + 0.1
+        made.schedule.pump(waiting=True)
+        for piece in made.asked:
+            if piece not in made.here:
+                made.come(piece)
     assert sorted(made.asked) == [*range(90, 100), *range(120, 200)]
 
 
