@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from hostos.live.journal import Journal
 from hostos.live.ledger import Endpoint, Ledger
 from hostos.live.membership import Membership, Parameters
 from hostos.live.pieces import PieceHashes, PieceStore
+from hostos.live.readers import Readers, Wait
 from hostos.live.schedule import PATIENCE, PRIORITIES, Schedule
 from hostos.live.session import Swarm
 from hostos.live.source import ReadAhead, SourceError, SourceStats, Waits
@@ -62,17 +62,6 @@ def from_metadata(info: Any) -> Parameters:
         return parameters
 
     return make
-
-
-@dataclass
-class _Wait:
-    """Readers blocked on one piece; `event` is set when it is there. `left`: to another machine, so far."""
-
-    event: trio.Event = field(default_factory=trio.Event)
-    readers: int = 1
-    left: bool = False
-    began: float = field(default_factory=time.monotonic)
-    asked: float = field(default_factory=time.monotonic)
 
 
 class TorrentSource:
@@ -122,7 +111,7 @@ class TorrentSource:
             lost=self._lost,
         )
         self._membership = Membership(swarm, parameters, directory, self.ledger, self)
-        self._waiting: dict[int, _Wait] = {}
+        self._waiting = Readers()
         self._given: dict[int, float] = {}
         """Pieces from web seeds that libtorrent has not confirmed yet, and when it was handed them."""
         self._hedge = HEDGE
@@ -176,16 +165,14 @@ class TorrentSource:
             await self._flush()
         self._membership.leave()
         self._store.forget_unwritten()
-        for wait in self._waiting.values():
-            wait.event.set()
-        self._waiting.clear()
+        self._waiting.wake_all()
         self._store.close()
         self._nursery = None
 
     def _wanted(self) -> dict[int, int]:
         """What the swarm is asked for: pieces and their priorities."""
         asked = {piece: PRIORITIES[why] for piece, why in self.schedule.asked.items()}
-        return {**asked, **dict.fromkeys(self._waiting, DEMAND)}
+        return {**asked, **{wait.piece: DEMAND for wait in self._waiting}}
 
     def _expected(self, piece: int) -> bool:
         """Nobody needs to ask for it (any more)."""
@@ -233,15 +220,7 @@ class TorrentSource:
         self.schedule.pump(waiting=bool(self._waiting))
         if wanted:
             self._stats.misses += absent
-            try:
-                with trio.move_on_after(self.deadline):
-                    for wait in wanted:
-                        await wait.event.wait()
-            finally:
-                for piece, wait in zip(missing, wanted, strict=True):
-                    wait.readers -= 1
-                    if not wait.readers and self._waiting.get(piece) is wait:
-                        del self._waiting[piece]
+            await self._waiting.wait(wanted, self.deadline)
             if absent:
                 self._waits.add(time.monotonic() - began)
                 if fresh:
@@ -266,14 +245,13 @@ class TorrentSource:
         self._stats.last_error = why + (f"; {self._trouble}" if self._trouble else "")
         raise SourceError(self._stats.last_error)
 
-    def _want(self, piece: int) -> _Wait:
+    def _want(self, piece: int) -> Wait:
         """Ask for a piece on behalf of one more reader."""
-        if (wait := self._waiting.get(piece)) is not None:
-            wait.readers += 1
+        if (wait := self._waiting.find(piece)) is not None:
             return wait
         if not self._waiting:
             self._membership.expect()
-        wait = self._waiting[piece] = _Wait()
+        wait = self._waiting.begin(piece)
         late = self.schedule.demanded(piece)
         if late:
             self._stats.late += 1
@@ -297,19 +275,15 @@ class TorrentSource:
         self._membership.ask(piece, priority)
 
     def _look_after_what_was_left(self) -> None:
-        for piece, wait in self._waiting.items():
-            if wait.left and not self.schedule.left_to_others(piece):
+        for wait in self._waiting:
+            if wait.left and not self.schedule.left_to_others(wait.piece):
                 wait.left = False
             elif wait.left and time.monotonic() - wait.began > PATIENCE:
-                self.schedule.let_down(piece)
+                self.schedule.let_down(wait.piece)
                 wait.left = False
             else:
                 continue
-            self._ask(piece, DEMAND)
-
-    def _wake(self, piece: int) -> None:
-        if wait := self._waiting.pop(piece, None):
-            wait.event.set()
+            self._ask(wait.piece, DEMAND)
 
     # --- alerts -----------------------------------------------------------------------------------
 
@@ -320,7 +294,7 @@ class TorrentSource:
             self._delivered(alert)
         elif isinstance(alert, lt.cache_flushed_alert):
             for piece in self._store.confirm_flush():
-                self._wake(piece)
+                self._waiting.wake(piece)
             if self._flushed is not None:
                 self._flushed.set()
         elif isinstance(alert, lt.hash_failed_alert):
@@ -352,7 +326,7 @@ class TorrentSource:
             if piece in self._waiting:
                 self._ask(piece, DEMAND)
         elif self._store.delivered(piece, alert.buffer):
-            self._wake(piece)
+            self._waiting.wake(piece)
 
     # --- from web seeds ---------------------------------------------------------------------------
 
@@ -367,7 +341,7 @@ class TorrentSource:
         self._give(piece, data)
         self._membership.came()
         self.journal.arrived(piece, self.schedule.arrived(piece))
-        self._wake(piece)
+        self._waiting.wake(piece)
         self.schedule.pump(waiting=bool(self._waiting))
 
     def _give(self, piece: int, data: bytes) -> None:
@@ -390,9 +364,9 @@ class TorrentSource:
         if not self._membership.connected:
             for piece in self.schedule.asked:
                 self.web.fetch(piece, ahead=True)
-        for piece, wait in self._waiting.items():
+        for wait in self._waiting:
             if not self._membership.connected or now - wait.began > self._hedge:
-                self.web.fetch(piece, ahead=False)
+                self.web.fetch(wait.piece, ahead=False)
 
     # --- for others -------------------------------------------------------------------------------
 
@@ -461,10 +435,10 @@ class TorrentSource:
     def _hurry(self) -> None:
         """Have others asked as well for what has been waited for too long."""
         now = time.monotonic()
-        for piece, wait in self._waiting.items():
-            if now - wait.asked > HURRY and not self._store.verified(piece):
+        for wait in self._waiting:
+            if now - wait.asked > HURRY and not self._store.verified(wait.piece):
                 wait.asked = now
-                self._membership.hurry(piece)
+                self._membership.hurry(wait.piece)
 
     def _rebuild_if(self, why: str, pause: float = 0.0) -> None:
         """Join the swarm anew in `pause` seconds, if there is a reason."""
