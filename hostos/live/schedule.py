@@ -9,7 +9,6 @@ keep the link full, and no larger. It doubles as long as that makes pieces come 
 A peer that is far away is asked for more than that by libtorrent itself, out of a stock of what comes next, in the
 order of their priorities.
 
-In the first second others may be there who don't know of each other yet: then each fetches anything of the next few MB.
 Among others that are fetching the same (`hostos.live.neighbours`), a boot trace is not followed to the letter: of its
 next few MB, what one of them has already is asked for, and what is for this machine to bring in. What is for
 another to bring in is left to it, for a while even if somebody here waits for it.
@@ -55,8 +54,6 @@ PATIENCE = 1.0
 """Seconds for which somebody may wait for what another machine is to bring in before it is asked for here."""
 FAULTS = 3
 """How often another machine may have been waited for in vain and still be relied upon."""
-UNKNOWN = 1.2
-"""Seconds from the beginning in which others may be there that nobody has told us of yet."""
 STEAL = 0.3
 """Seconds without a piece after which what others are to bring in is asked for, if there is nothing else."""
 IDLE = 0.3
@@ -153,7 +150,7 @@ class Schedule:
     ) -> None:
         self._neighbours = NOBODY
         self._faults: Counter[bytes] = Counter()
-        self._began = self._last = clock()
+        self._last = clock()
         self._choose = choose
         self._pieces, self._piece_size = pieces, piece_size
         self._expected, self._ask, self._clock = expected, ask, clock
@@ -313,15 +310,13 @@ class Schedule:
         if not plan:
             return None
         neighbours = self._neighbours
-        alone = not neighbours.others
-        if alone and (self._clock() - self._began > UNKNOWN or self.window.far):
+        if not neighbours.others:
             return plan.popleft()
         near = [piece for piece in islice(plan, max(SPREAD // self._piece_size, 1)) if not self._has(piece)]
-        me, piece = neighbours.me, None
-        if not alone:
-            piece = next((each for each in near if neighbours.have(each) or neighbours.bringer(each) == me), None)
-        if alone or (piece is None and not self.asked and self._clock() - self._last > STEAL):
-            # So that not all who don't know each other yet fetch the same; and better twice than never.
+        me = neighbours.me
+        piece = next((each for each in near if neighbours.have(each) or neighbours.bringer(each) == me), None)
+        if piece is None and not self.asked and self._clock() - self._last > STEAL:
+            # Better twice than never.
             piece = self._choose(near)
         if piece is not None:
             plan.remove(piece)

@@ -20,7 +20,6 @@ from hostos.live.schedule import (
     SPREAD,
     STEAL,
     STOCK,
-    UNKNOWN,
     WINDOW_FIRST,
     WINDOW_LEAST,
     WINDOW_MOST,
@@ -137,8 +136,6 @@ class Asked:
         self.asked: list[int] = []
         self.priorities: dict[int, int] = {}
         self.schedule = Schedule(count, PIECE, self.here.__contains__, self.ask, self.clock, max)
-        # Whoever else is there is known by now.
-        self.clock.now += 10.0
 
     def ask(self, piece: int, priority: int) -> None:
         if piece not in self.priorities:
@@ -250,19 +247,6 @@ def test_what_somebody_waits_for_is_left_to_its_bringer_once() -> None:
     assert not any(made.schedule.left_to_others(piece) for piece in theirs)
     made.schedule.neighbours = neighbours
     assert not any(made.schedule.left_to_others(piece) for piece in theirs)
-
-
-def test_at_first_not_all_ask_for_the_same() -> None:
-    made = Asked()
-    made.clock.now -= 10.0
-    made.schedule.replay(range(1000))
-    made.schedule.pump(waiting=True)
-    # The choice is `max` here.
-    last = SPREAD // PIECE - 1
-    assert made.asked == [last, last + 1]
-    made.clock.now += UNKNOWN
-    made.come(last, 0.1)
-    assert made.asked[2:] == [0]
 
 
 def test_what_others_are_to_bring_in_is_asked_for_when_nothing_else_is_left() -> None:
