@@ -273,9 +273,9 @@ def _of_which(guest: Any) -> str:
 
 def _since_start() -> float:
     """Seconds since this command was started, Python's own start included."""
-    import psutil
+    from hostos.machine.process import age_of
 
-    return max(0.0, time.time() - psutil.Process(os.getpid()).create_time())
+    return age_of(os.getpid())
 
 
 @container.command(name="ls")

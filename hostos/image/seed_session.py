@@ -12,7 +12,7 @@ import psutil
 from hostos import __version__
 from hostos.errors import UserError
 from hostos.hostsystem import who_listens
-from hostos.live.swarm_settings import SwarmSettings, limit_everyone
+from hostos.live.swarm_settings import PEER_ID, SwarmSettings, limit_everyone
 
 LISTEN_DEADLINE = 5.0
 """Seconds libtorrent gets to open its listening socket."""
@@ -44,7 +44,7 @@ def session(host: str, port: int, swarm: SwarmSettings) -> Any:
         "active_limit": -1,
         "send_buffer_watermark": 4 << 20,
         "user_agent": f"hostos/{__version__}",
-        "peer_fingerprint": "-HO0100-",
+        "peer_fingerprint": PEER_ID,
         "alert_mask": categories.error_notification | categories.status_notification,
     }
     result = libtorrent.session(settings)

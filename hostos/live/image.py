@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +210,18 @@ class Images:
         endpoints = await resolve(peers)
         if not endpoints and not self.swarm.settings.discovers:
             raise failure(f"none of the peers' names could be resolved: {asked}")
-        began = time.monotonic()
         place = self._directory / f".{image}.fetch"
+        try:
+            content = await self._content(image, endpoints, place, deadline, asked)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        return indexes.verify(image, content) or verify_files(image, content)
+
+    async def _content(
+        self, image: str, endpoints: list[Endpoint], place: Path, deadline: float, asked: str
+    ) -> dict[str, bytes]:
+        """The files of the image's torrent, by path. `asked`: who is, for the message if nobody has it."""
+        began = time.monotonic()
         handle = None
         with trio.move_on_after(deadline):
             handle = await self._metadata(image, endpoints, place)
@@ -219,26 +230,23 @@ class Images:
                 f"nobody had image {image[:16]}… within {deadline:g} s; asked: {asked}",
                 "is it seeded there (hostos seed status)? Name another peer with --peer HOST:PORT",
             )
-        info = handle.torrent_file()
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.swarm.session.remove_torrent, handle)
+            info = handle.torrent_file()
             paths = check_metadata(info)
-        except UserError:
-            self.swarm.session.remove_torrent(handle)
-            raise
-        left = max(1.0, deadline - (time.monotonic() - began))
-        source = TorrentSource(self.swarm, from_metadata(info), place, endpoints, deadline=left, keep=True)
+            left = max(1.0, deadline - (time.monotonic() - began))
+            source = TorrentSource(self.swarm, from_metadata(info), place, endpoints, deadline=left, keep=True)
+            undo.pop_all()
         try:
             # Over the connections that it has: each new one takes five round trips.
             source.start(self._nursery, handle)
             # File by file: each begins a new piece, and the one before is not padded.
-            content = {path: await source.read(start, size) for path, (start, size) in paths.items()}
+            return {path: await source.read(start, size) for path, (start, size) in paths.items()}
         except SourceError as error:
             raise failure(f"image {image[:16]}…: {error.strerror}", "name another --peer HOST:PORT") from None
         finally:
             with trio.CancelScope(shield=True):
                 await source.close()
-            shutil.rmtree(place, ignore_errors=True)
-        return indexes.verify(image, content) or verify_files(image, content)
 
     async def _metadata(self, image: str, endpoints: list[Endpoint], place: Path) -> Any:
         """libtorrent's handle of the torrent once it has its info dictionary from peers, checked against the hash.

@@ -6,7 +6,8 @@ bring it in, from whom the others have it then. Who that is needs no talk: rende
 1998) over the peer IDs, which all of them know, tells everybody the same, and nearly so if they don't all know each
 other.
 
-Nobody is relied upon who does not fetch anything, or has once not brought in what was waited for.
+Nobody is relied upon who does not fetch anything, or has several times not brought in what was waited for
+(`hostos.live.schedule`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BUSY = 0.6
 """Seconds since a neighbour last got something, or was first seen, for which it counts as fetching."""
@@ -50,10 +51,8 @@ class Neighbours:
         unreliable = frozenset(names)
         if not unreliable:
             return self
-        others = tuple(
-            Neighbour(each.name, each.pieces, each.busy and each.name not in unreliable) for each in self.others
-        )
-        return Neighbours(self.me, others)
+        others = tuple(replace(each, busy=each.busy and each.name not in unreliable) for each in self.others)
+        return replace(self, others=others)
 
 
 NOBODY = Neighbours()

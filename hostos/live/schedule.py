@@ -66,6 +66,15 @@ LEAST_AHEAD = 2
 """The priority of the end of a stock."""
 
 
+@dataclass
+class Asked:
+    """A piece that has been asked for: why, when, and with which priority."""
+
+    why: Why
+    since: float
+    priority: int
+
+
 @dataclass(frozen=True)
 class Rest:
     """Whether what nobody reads is fetched, too, and at how many bytes a second at most (0: no limit)."""
@@ -155,9 +164,7 @@ class Schedule:
         self._pieces, self._piece_size = pieces, piece_size
         self._expected, self._ask, self._clock = expected, ask, clock
         self.window = Window(clock)
-        self.asked: dict[int, Why] = {}
-        self._since: dict[int, float] = {}
-        self._levels: dict[int, int] = {}
+        self.asked: dict[int, Asked] = {}
         self._came = 0
         self._rest = REST_OFF
         self._plans: list[deque[int]] = []
@@ -190,7 +197,7 @@ class Schedule:
     def demanded(self, piece: int) -> Why | None:
         """Somebody waits for it now: why it had been asked for already, if it had."""
         self._busy = self._clock()
-        return self.asked.pop(piece, None)
+        return asked.why if (asked := self.asked.pop(piece, None)) else None
 
     # --- among others -------------------------------------------------------------------------------
 
@@ -233,10 +240,10 @@ class Schedule:
                 self.window.restart()
                 return
             piece, why = found
-            self.asked[piece], self._since[piece] = why, self._clock()
-            self._levels[piece] = self._level(len(self.asked) - 1, piece, why)
+            asked = Asked(why, self._clock(), self._priority(len(self.asked), piece, why))
+            self.asked[piece] = asked
             room -= self._piece_size
-            self._ask(piece, self._levels[piece])
+            self._ask(piece, asked.priority)
 
     @property
     def _stocking(self) -> bool:
@@ -250,7 +257,7 @@ class Schedule:
             return max(self.window.size, SPREAD)
         return max(self.window.size, STOCK) if self._stocking else self.window.size
 
-    def _level(self, place: int, piece: int, why: Why) -> int:
+    def _priority(self, place: int, piece: int, why: Why) -> int:
         """The priority of the piece that is asked for in that place."""
         if self._neighbours.others and why == "trace":
             # So the seed, which has all of them, is asked first for what only it has.
@@ -264,22 +271,20 @@ class Schedule:
         if self._came * self._piece_size < STEP // 2 or not self._stocking:
             return
         self._came = 0
-        for place, (piece, why) in enumerate(self.asked.items()):
-            level = self._level(place, piece, why)
-            if self._levels.get(piece) != level:
-                self._levels[piece] = level
-                self._ask(piece, level)
+        for place, (piece, asked) in enumerate(self.asked.items()):
+            priority = self._priority(place, piece, asked.why)
+            if asked.priority != priority:
+                asked.priority = priority
+                self._ask(piece, priority)
 
     def arrived(self, piece: int) -> Why:
         """Why it was fetched. More may now be asked for: `pump`."""
-        why, since = self.asked.pop(piece, "demand"), self._since.pop(piece, None)
-        self._levels.pop(piece, None)
+        asked = self.asked.pop(piece, None)
         self._came += 1
         self._last = self._clock()
-        if why != "rest":
-            waited = None if since is None or why == "demand" else self._clock() - since
-            self.window.arrived(self._piece_size, waited)
-        return why
+        if asked is None or asked.why != "rest":
+            self.window.arrived(self._piece_size, self._last - asked.since if asked else None)
+        return asked.why if asked else "demand"
 
     @property
     def active(self) -> bool:

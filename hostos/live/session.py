@@ -19,7 +19,7 @@ import trio
 from hostos.errors import failure
 from hostos.live.interfaces import Interfaces, listen_again
 from hostos.live.nodelay import NoDelay
-from hostos.live.swarm_settings import SwarmSettings, limit_everyone
+from hostos.live.swarm_settings import PEER_ID, SwarmSettings, limit_everyone
 
 ALERTS = (
     lt.alert.category_t.error_notification
@@ -37,13 +37,8 @@ BUSY_TICK = 0.1
 IDLE_TICK = 5.0
 
 
-PEER_ID = "-HO0001-"
-"""How our peer IDs begin, in the style that BEP 20 describes; what follows is random, anew in each process."""
-
-
-def settings(listen: str, peer_id: str = "") -> dict[str, Any]:
-    """Settings for reading on demand. `listen`: `ADDRESS:PORT`, comma-separated for several; `peer_id`: 20 characters,
-    libtorrent's own choice if it is empty."""
+def settings(listen: str, peer_id: str) -> dict[str, Any]:
+    """Settings for reading on demand. `listen`: `ADDRESS:PORT`, comma-separated for several; `peer_id`: 20 bytes."""
     return {
         "listen_interfaces": listen,
         "alert_mask": int(ALERTS),
@@ -96,9 +91,10 @@ class Swarm:
 
     def __init__(self, listen: str) -> None:
         self.listen = listen
+        # Drawn anew in each process; as long as a peer ID is, so that libtorrent adds nothing that it does not tell.
         name = PEER_ID + secrets.token_hex(6)
         self.peer_id = name.encode()
-        """By which others know us, in all torrents; libtorrent does not say which it chose."""
+        """By which others know us, in all torrents."""
         self.session: Any = lt.session(cast(Any, settings(listen, name)))
         limit_everyone(self.session)
         self.settings = SwarmSettings()

@@ -22,6 +22,8 @@ PUBLIC_NODES = ("dht.libtorrent.org:25401", "router.bittorrent.com:6881")
 """Nodes through which the public DHT is entered, unless others are named. Used only with `public`."""
 MOST_RATE = (1 << 31) - 1
 
+PEER_ID = "-HO0100-"
+"""How the peer IDs of seed and client begin: version 0.1.0, in the style that BEP 20 describes."""
 REQUESTS = 96
 """Blocks of 16 KiB that a peer may have asked us for and not got yet; it is told, and keeps to it (BEP 10, "reqq").
 1.5 MiB keep 60 Mbit/s at 200 ms full; with libtorrent's 2000 one client's prefetch would be far ahead of what another

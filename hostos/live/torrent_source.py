@@ -171,7 +171,7 @@ class TorrentSource:
 
     def _wanted(self) -> dict[int, int]:
         """What the swarm is asked for: pieces and their priorities."""
-        asked = {piece: PRIORITIES[why] for piece, why in self.schedule.asked.items()}
+        asked = {piece: asked.priority for piece, asked in self.schedule.asked.items()}
         return {**asked, **{wait.piece: DEMAND for wait in self._waiting}}
 
     def _expected(self, piece: int) -> bool:
@@ -275,14 +275,16 @@ class TorrentSource:
         self._membership.ask(piece, priority)
 
     def _look_after_what_was_left(self) -> None:
-        for wait in self._waiting:
-            if wait.left and not self.schedule.left_to_others(wait.piece):
-                wait.left = False
-            elif wait.left and time.monotonic() - wait.began > PATIENCE:
-                self.schedule.let_down(wait.piece)
-                wait.left = False
-            else:
+        """Ask for it here once another machine has it to give, or is late with it."""
+        for wait in (each for each in self._waiting if each.left):
+            late = time.monotonic() - wait.began > PATIENCE
+            if self.schedule.left_to_others(wait.piece) and not late:
                 continue
+            if late:
+                self.schedule.let_down(wait.piece)
+            wait.left, wait.asked = False, time.monotonic()
+            # Nobody was asked until now, so nobody has failed to answer.
+            self._membership.expect()
             self._ask(wait.piece, DEMAND)
 
     # --- alerts -----------------------------------------------------------------------------------

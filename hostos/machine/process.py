@@ -56,10 +56,7 @@ class QemuProcess:
     def age_seconds(self) -> float:
         """How long ago it was started, whatever was done to this host's clock; 0.0 if it is gone."""
         try:
-            if sys.platform == "linux":
-                ticks = int(start_of(self.pid).rpartition("/")[2])
-                return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-            return max(0.0, time.time() - float(self._process.create_time()))
+            return age_of(self.pid)
         except psutil.Error:
             return 0.0
 
@@ -85,6 +82,18 @@ class QemuProcess:
         except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
             return not self.alive()
         return True
+
+
+def age_of(pid: int) -> float:
+    """Seconds since the process `pid` was started, whatever was done to this host's clock.
+
+    Linux: in steps of 10 ms (psutil's times may be off by half a second, as the kernel tells the boot in whole ones).
+    Raises psutil.NoSuchProcess.
+    """
+    if sys.platform == "linux":
+        ticks = int(start_of(pid).rpartition("/")[2])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    return max(0.0, time.time() - float(psutil.Process(pid).create_time()))
 
 
 def start_of(pid: int) -> str:

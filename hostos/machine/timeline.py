@@ -7,6 +7,7 @@ D-Bus, which `systemd-analyze plot` wants.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from hostos.errors import UserError, failure
+from hostos.machine.process import age_of
 from hostos.steps import Event
 
 if TYPE_CHECKING:
@@ -72,9 +74,7 @@ class Recorder:
 
 def process_began() -> float:
     """When this process was started, Unix time (on Linux in steps of 10 ms)."""
-    import psutil
-
-    return float(psutil.Process().create_time())
+    return time.time() - age_of(os.getpid())
 
 
 def of_guest(guest: Connection, began: float) -> list[Span]:
