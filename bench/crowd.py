@@ -37,8 +37,11 @@ def measure(rounds: int, target: Target, plain: Target, env: Mapping[str, str], 
             for number in range(rounds):
                 for count in COUNTS:
                     with steps.step(f"{series[count].name}, {number + 1}") as step:
+                        before = network.sent(net.seed)
                         series[count].samples.append(_together(count, net, peer, image, init))
-                        step.detail = f"{series[count].samples[-1]:.2f} s"
+                        megabytes = (network.sent(net.seed) - before) / 1e6
+                        series[count].notes.setdefault("sent by the seed, MB", []).append(round(megabytes, 2))
+                        step.detail = f"{series[count].samples[-1]:.2f} s, the seed sent {megabytes:.1f} MB"
             goals = {series[count].name: goal for count, goal in GOALS.items()}
             what = "until the last client's init has started everything" if init else "first output of the last client"
             title = f"{what}, one seed, everybody at {RATE_MBIT} Mbit/s{how}"

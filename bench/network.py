@@ -111,11 +111,17 @@ def crowd(clients: int) -> Iterator[Crowd]:
 
 def received(namespace: str) -> int:
     """Bytes that arrived at the namespace's interface so far."""
-    done = subprocess.run(
-        ["ip", "netns", "exec", namespace, "cat", "/sys/class/net/eth0/statistics/rx_bytes"],
-        capture_output=True,
-        check=True,
-    )
+    return _counted(namespace, "rx_bytes")
+
+
+def sent(namespace: str) -> int:
+    """Bytes that left it."""
+    return _counted(namespace, "tx_bytes")
+
+
+def _counted(namespace: str, what: str) -> int:
+    path = f"/sys/class/net/eth0/statistics/{what}"
+    done = subprocess.run(["ip", "netns", "exec", namespace, "cat", path], capture_output=True, check=True)
     return int(done.stdout)
 
 
