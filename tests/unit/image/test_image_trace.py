@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import subprocess
-from itertools import pairwise
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -117,25 +117,28 @@ def test_reads_of_the_twin_become_paths(home: Path, rich: Path) -> None:
 def test_small_files_of_one_page_are_told_apart_if_the_reads_are(home: Path, rich: Path) -> None:
     store, made = make(home, rich)
     with retrace.twin(store, store.get(made), Steps()) as (_, layout):
-        starts = {name: layout.paths[name].blocks[0] for name in (b"etc/small%02d" % number for number in range(40))}
-    earlier, later = next(
-        (one, other) for one, other in pairwise(starts) if starts[one][0] // 4096 == starts[other][0] // 4096
+        places = {name: layout.paths[name].blocks[0] for name in (b"etc/small%02d" % number for number in range(40))}
+
+    def units(name: bytes, size: int) -> range:
+        start, length = places[name]
+        return range(start // size, (start + length - 1) // size + 1)
+
+    # Both lie in one page, and no kilobyte has something of both.
+    one, other = next(
+        (one, other)
+        for one, other in permutations(places, 2)
+        if list(units(one, 4096)) == list(units(other, 4096)) == [units(one, 4096)[0]]
+        and not set(units(one, 1024)) & set(units(other, 1024))
     )
 
-    def touched(*wanted: bytes) -> set[bytes]:
+    def touched(*names: bytes) -> set[bytes]:
         """By reads of a kilobyte each, as the kernel makes them through a loop device."""
-        reads = []
-        for start, size in (starts[name] for name in wanted):
-            low = start // 1024 * 1024
-            reads += [(0, offset, 1024) for offset in range(low, start + size, 1024)]
-        found = from_reads(("sh",), reads, layout, 0).touches
-        return {touch.path for touch in found if isinstance(touch, Touch)}
+        reads = [(0, unit * 1024, 1024) for name in names for unit in units(name, 1024)]
+        return {touch.path for touch in from_reads(("sh",), reads, layout, 0).touches if isinstance(touch, Touch)}
 
-    last = next(name for name in reversed(starts) if starts[name][0] // 4096 == starts[earlier][0] // 4096)
-    assert earlier in touched(earlier)
-    assert last not in touched(earlier)
-    assert {earlier, last} <= touched(earlier, last)
-    assert later in touched(later)
+    assert one in touched(one)
+    assert other not in touched(one)
+    assert {one, other} <= touched(one, other)
 
 
 def recording(*names: str) -> Recording:
