@@ -123,12 +123,12 @@ def test_small_files_of_one_page_are_told_apart_if_the_reads_are(home: Path, ric
         start, length = places[name]
         return range(start // size, (start + length - 1) // size + 1)
 
-    # Both lie in one page, and no kilobyte has something of both.
+    # Both lie in one page, and the other begins in the last kilobyte of the first and ends in the next.
     one, other = next(
         (one, other)
         for one, other in permutations(places, 2)
         if list(units(one, 4096)) == list(units(other, 4096)) == [units(one, 4096)[0]]
-        and not set(units(one, 1024)) & set(units(other, 1024))
+        and units(one, 1024)[-1] == units(other, 1024)[0] < units(other, 1024)[-1]
     )
 
     def touched(*names: bytes) -> set[bytes]:
