@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 
-from hostos.errors import UserError
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from hostos.errors import UserError, failure
 from hostos.live.torrents import parse_peer
 from hostos.names.book import Names
 from hostos.names.record import MAX_PEERS, Record, check_name
@@ -29,14 +31,28 @@ def push(image: str, name: str, peers: tuple[str, ...], days: int, names: Names 
     nodes, number = names.book().dht, names.number(public, name)
     with ExitStack() as stack:
         dht = stack.enter_context(Dht(nodes)) if nodes else None
-        if dht is not None and not number:
-            # The key may have come from a copy of it: what it signed elsewhere is still the highest for others.
-            number = _known_to(dht, public, name)
+        if dht is not None:
+            # There may be a copy of the key: what it signed elsewhere is still the highest for others.
+            number = max(number, _known_to(dht, public, name))
         at = int(time.time())
         record = Record(public, name, number + 1, image, at, at + days * 86400, named).sign(key)
         record.to_json()
         names.accept(record, public, name)
         return record, dht.put(key, name, record.to_json()) if dht else 0
+
+
+def put_again(dht: Dht, key: Ed25519PrivateKey, record: Record) -> int:
+    """Have the DHT keep a record that was pushed before; how many of its nodes took it.
+
+    Raises a failure if none did, or if the DHT has a later one. Its nodes would not refuse the older one by
+    themselves: they compare BEP 44's numbers, and libtorrent takes one more than it finds, whatever is put.
+    """
+    if (known := _known_to(dht, record.key, record.name)) > record.sequence:
+        raise failure(
+            f"the DHT has number {known}, later than the {record.sequence} that is known here: not put there",
+            "the key is used in two places: push here again, and this host's number is the highest",
+        )
+    return dht.put(key, record.name, record.to_json())
 
 
 def _known_to(dht: Dht, key: str, name: str) -> int:

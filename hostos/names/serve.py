@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from hostos.errors import UserError
 from hostos.names.book import Names
+from hostos.names.push import put_again
 from hostos.names.sources import PATH, Dht
 
 _TIMEOUT = 10.0
@@ -66,7 +67,7 @@ def republish(names: Names, stop: threading.Event, warn: Callable[[str], None]) 
                 for record in names.all():
                     if record.key == public:
                         try:
-                            dht.put(key, record.name, record.to_json())
+                            put_again(dht, key, record)
                         except UserError as error:
                             warn(f"{record.name}: {error.message}")
         if stop.wait(REPUBLISH):

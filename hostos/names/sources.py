@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha512
@@ -22,6 +23,12 @@ from hostos.names.record import MAX_RECORD
 PATH = "/hostos/names"
 DEADLINE = 5.0
 """Seconds a source has to answer."""
+EMPTY = 2
+"""How often a DHT that one has joined may say that it has nothing: a packet may have been lost."""
+SETTLE = 2.0
+"""Seconds after which a DHT that has said nothing is asked again (its table of nodes may just have been filled), and
+that it has for something newer than what it said first. The nodes that are there answer within one second; those that
+are gone keep it from saying for ten that this was all."""
 PUT_DEADLINE = 40.0
 """Seconds for storing something in a DHT; nodes that are gone cost five each."""
 
@@ -102,6 +109,8 @@ class Dht:
                 | libtorrent.alert.category_t.status_notification,
             }
         )
+        self._joined = False
+        self._alerts: deque[Any] = deque()
         for node in nodes:
             host, _, port = node.rpartition(":")
             self.session.add_dht_node((host.strip("[]"), int(port)))
@@ -113,24 +122,27 @@ class Dht:
         self.session.pause()
 
     def get(self, key: str, name: str, deadline: float = 2 * DEADLINE) -> bytes | None:
-        """The value with the highest number that was found; None if there was none in time."""
+        """The value with the highest number that was found; None if there was none, or none in time."""
         found: tuple[int, bytes] | None = None
-        until = time.monotonic() + deadline
-        while time.monotonic() < until:
+        until, empty = time.monotonic() + deadline, 0
+        while time.monotonic() < until and empty < EMPTY:
+            # Before that, its own table of nodes may be empty.
+            joined = self._joined
             self.session.dht_get_mutable_item(bytes.fromhex(key), name.encode())
-            for alert in self._alerts(min(until, time.monotonic() + DEADLINE)):
-                if not isinstance(alert, self._lt.dht_mutable_item_alert):
-                    continue
+            wait_until = min(until, time.monotonic() + SETTLE)
+            while (alert := self._next(self._lt.dht_mutable_item_alert, wait_until)) is not None:
                 item: Any = alert.item
                 value = item.get("value") if isinstance(item, dict) else item
                 if isinstance(value, bytes) and value and (found is None or alert.seq > found[0]):
                     found = alert.seq, value
+                    wait_until = min(until, time.monotonic() + SETTLE)
                 # One comes for each better value, and at the end an authoritative one.
                 if alert.authoritative:
+                    empty += joined
                     break
             if found is not None:
                 return found[1]
-            time.sleep(0.2)  # its own table of nodes may still have been empty
+            time.sleep(0.2)
         return None
 
     def put(self, key: Ed25519PrivateKey, name: str, data: bytes, deadline: float = PUT_DEADLINE) -> int:
@@ -139,18 +151,23 @@ class Dht:
         until = time.monotonic() + deadline
         while time.monotonic() < until:
             self.session.dht_put_mutable_item(expanded(key), public, data, name.encode())
-            for alert in self._alerts(min(until, time.monotonic() + PUT_DEADLINE / 2)):
-                if isinstance(alert, self._lt.dht_put_alert):
-                    if alert.num_success:
-                        return int(alert.num_success)
-                    break
+            alert = self._next(self._lt.dht_put_alert, min(until, time.monotonic() + PUT_DEADLINE / 2))
+            if alert is not None and alert.num_success:
+                return int(alert.num_success)
             time.sleep(0.2)
         raise failure("no node of the DHT took the record", "are its nodes reachable? hostos name dht HOST:PORT…")
 
-    def _alerts(self, until: float) -> Iterator[Any]:
+    def _next(self, kind: type, until: float) -> Any:
+        """The next alert of that kind; None if there is none until then."""
         while (left := until - time.monotonic()) > 0:
+            while self._alerts:
+                alert = self._alerts.popleft()
+                self._joined |= isinstance(alert, self._lt.dht_bootstrap_alert)
+                if isinstance(alert, kind):
+                    return alert
             self.session.wait_for_alert(int(left * 1000) + 1)
-            yield from self.session.pop_alerts()
+            self._alerts.extend(self.session.pop_alerts())
+        return None
 
 
 def expanded(key: Ed25519PrivateKey) -> bytes:

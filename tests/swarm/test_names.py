@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -96,3 +97,14 @@ def test_through_a_dht_of_ones_own(tmp_path: Path) -> None:
             republish(steve, stop, warnings.append)
             assert warnings == []
             assert resolve("steve/gaming", mine).record.image == TWO  # type: ignore[union-attr]
+            # What is put there again is never older than what is there, though libtorrent would have it taken.
+            shutil.copytree(moved.root, tmp_path / "behind")
+            republish(Names(tmp_path / "behind"), stop, warnings.append)
+            assert len(warnings) == 1
+            assert "the DHT has number 3, later than the 2 that is known here" in warnings[0]
+            fresh = Names(tmp_path / "fresh")
+            fresh.add(Person("steve", key))
+            fresh.use_dht((node,))
+            assert resolve("steve/gaming", fresh).record.image == TWO  # type: ignore[union-attr]
+            # One that pushes knows of it.
+            assert pushing.push(ONE, "gaming", (), 90, Names(tmp_path / "behind"))[0].sequence == 4
