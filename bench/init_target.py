@@ -76,10 +76,17 @@ def _lazy(net: network.Link, target: Target) -> tuple[float, int]:
 
 
 def system_up(
-    asked: Client, enter: Sequence[str], image: str, peer: str, bundle: dict[str, Any] | None, began: float
+    asked: Client,
+    enter: Sequence[str],
+    image: str,
+    peer: str,
+    bundle: dict[str, Any] | None,
+    began: float,
+    **settings: Any,
 ) -> tuple[float, int]:
     """(seconds since `began` until the init has started everything, bytes of the pieces read)."""
-    prepared = asked.ask("prepare", image=image, peers=[peer], bundle=bundle, name="bench", init=True, command=[])
+    what = {"image": image, "peers": [peer], "bundle": bundle, "init": True, "command": [], **settings}
+    prepared = asked.ask("prepare", **what, name="bench")
     started = time.monotonic()
     seconds = started - began + until_ready([*enter, *prepared["argv"]])
     asked.ask("release", name="bench")

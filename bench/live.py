@@ -216,10 +216,17 @@ def _native_lazy(net: network.Link, target: Target, bundle: dict[str, Any] | Non
 
 
 def first_output(
-    asked: Client, enter: Sequence[str], image: str, peer: str, bundle: dict[str, Any] | None, began: float
+    asked: Client,
+    enter: Sequence[str],
+    image: str,
+    peer: str,
+    bundle: dict[str, Any] | None,
+    began: float,
+    **settings: Any,
 ) -> tuple[float, int]:
-    """Seconds since `began` to the first output of the container, and the image's size."""
-    prepared = asked.ask("prepare", image=image, peers=[peer], bundle=bundle, command=list(COMMAND), name="bench")
+    """Seconds since `began` to the first output of the container, and the image's size. `settings`: more for it."""
+    what = {"image": image, "peers": [peer], "bundle": bundle, "command": list(COMMAND), **settings}
+    prepared = asked.ask("prepare", **what, name="bench")
     started = time.monotonic()
     seconds = started - began + first_byte([*enter, *prepared["argv"]])
     asked.ask("release", name="bench")

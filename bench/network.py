@@ -79,12 +79,13 @@ class Crowd:
     def enter(self, namespace: str) -> list[str]:
         return ["nsenter", f"--net=/run/netns/{namespace}"]
 
-    def shape(self, mbit: float) -> None:
-        """Limit what each of them sends. The queue holds 50 ms."""
+    def shape(self, seed: float | None, clients: float | None) -> None:
+        """Limit what each of them sends, Mbit/s (None: not at all). The queue holds 50 ms."""
         for name in (self.seed, *self.clients):
             subprocess.run(_tc(name, "del", []), stderr=subprocess.DEVNULL, check=False)
-            limits = ["tbf", "rate", f"{mbit}mbit", "burst", "32k", "latency", "50ms"]
-            subprocess.run(_tc(name, "add", limits), check=True)
+            if (mbit := seed if name == self.seed else clients) is not None:
+                limits = ["tbf", "rate", f"{mbit}mbit", "burst", "32k", "latency", "50ms"]
+                subprocess.run(_tc(name, "add", limits), check=True)
 
 
 @contextmanager

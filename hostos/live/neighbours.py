@@ -16,8 +16,10 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import compress, count
 
-BUSY = 0.6
+BUSY = 2.5
 """Seconds since a neighbour last got something, or was first seen, for which it counts as fetching."""
 
 
@@ -37,14 +39,18 @@ class Neighbours:
     me: bytes = b""
     others: tuple[Neighbour, ...] = ()
 
-    def have(self, piece: int) -> bool:
-        """Whether one of the others has it."""
-        return any(each.pieces[piece] for each in self.others)
+    @cached_property
+    def brought(self) -> frozenset[int]:
+        """Pieces that one of the others has."""
+        return frozenset(piece for each in self.others for piece in compress(count(), each.pieces))
 
     def bringer(self, piece: int) -> bytes:
         """Who is to bring the piece in, of those who fetch."""
-        names = (self.me, *(each.name for each in self.others if each.busy))
-        return max(names, key=lambda name: (zlib.crc32(b"%d" % piece, zlib.crc32(name)), name))
+        return _highest((self.me, *(each.name for each in self.others if each.busy)), piece)
+
+    def mine(self, piece: int) -> bool:
+        """Whether this machine is to bring it in."""
+        return piece not in self.brought and self.bringer(piece) == self.me
 
     def without(self, names: Iterable[bytes]) -> Neighbours:
         """The same; those named are not relied upon."""
@@ -53,6 +59,11 @@ class Neighbours:
             return self
         others = tuple(replace(each, busy=each.busy and each.name not in unreliable) for each in self.others)
         return replace(self, others=others)
+
+
+@lru_cache(maxsize=1 << 16)
+def _highest(names: tuple[bytes, ...], piece: int) -> bytes:
+    return max(names, key=lambda name: (zlib.crc32(b"%d" % piece, zlib.crc32(name)), name))
 
 
 NOBODY = Neighbours()
@@ -70,9 +81,9 @@ class Watch:
         now = self._clock()
         seen, others = {}, []
         for name, pieces in peers:
-            count = sum(pieces)
-            before, since = self._seen.get(name, (count, now))
-            seen[name] = (count, now if count != before else since)
+            number = sum(pieces)
+            before, since = self._seen.get(name, (number, now))
+            seen[name] = (number, now if number != before else since)
             others.append(Neighbour(name, pieces, now - seen[name][1] < BUSY))
         self._seen = seen
         return Neighbours(self._me, tuple(others))

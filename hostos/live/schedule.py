@@ -9,14 +9,14 @@ keep the link full, and no larger. It doubles as long as that makes pieces come 
 A peer that is far away is asked for more than that by libtorrent itself, out of a stock of what comes next, in the
 order of their priorities.
 
-Among others that are fetching the same (`hostos.live.neighbours`), a boot trace is not followed to the letter: of its
-next few MB, what one of them has already is asked for, and what is for this machine to bring in. What is for
-another to bring in is left to it, for a while even if somebody here waits for it.
+Among others that are fetching the same (`hostos.live.neighbours`), a boot trace is not followed to the letter: all that
+is for this machine to bring in is asked for, in order, and next to what is needed soon what one of the others has
+already. What is for another to bring in is left to it, for a while even if somebody here waits for it, and what was
+asked for is given back when the one turns up who is to bring it in.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import re
 import time
@@ -29,27 +29,17 @@ from hostos.errors import UserError
 from hostos.live.journal import Why
 from hostos.live.neighbours import NOBODY, Neighbours
 from hostos.live.swarm_settings import REQUESTS
+from hostos.live.window import Window
 
-WINDOW_LEAST, WINDOW_FIRST, WINDOW_MOST = 64 * 1024, 128 * 1024, 16 * 1024 * 1024
-"""Bytes asked for ahead: the least, at first, and the most, which keeps 600 Mbit/s at 200 ms full."""
-FASTER, SLOWER = 1.2, 0.4
-"""A window counts as better, or as too large, when the rate becomes that many times what it was."""
-QUEUE = 0.06
-"""Seconds at least that pieces may come later than the quickest did, because they queue for a link that is full; as
-long as that took, if it is more. Twice that, and the window is too large."""
-FAR = 0.012
-"""Seconds on the way from which on libtorrent is to have a stock of pieces to ask for. Whenever it has asked a peer for
-all that it is to fetch, "end game", it asks for nothing more until all of that has come, which costs a round trip
-(`peer_connection::desired_queue_size`)."""
 STOCK = (REQUESTS + 16) * 16 * 1024
 """Bytes of that stock: as many blocks as peers let be asked for at a time, and some."""
 STEP = 384 * 1024
 """Bytes of the stock that have the same priority: the first are asked for first."""
-FORGET = 20.0
-"""Seconds after which the quickest no longer counts: the path may have changed."""
-SPREAD = 4 * 1024 * 1024
-"""Bytes of a boot trace out of which something is picked among others who fetch the same. More would be shared still
-better, and delay what is read first."""
+SHARE = 16 * 1024 * 1024
+"""Bytes of a boot trace that are divided among those who fetch the same: each asks for all of its part. As long as
+some of it is left, libtorrent asks the seed, which has everything, for nothing that a neighbour could have sent."""
+SOON = 1024 * 1024
+"""Bytes of it in which what others have brought is asked for. It comes quickly."""
 PATIENCE = 1.0
 """Seconds for which somebody may wait for what another machine is to bring in before it is asked for here."""
 FAULTS = 3
@@ -64,15 +54,23 @@ PRIORITIES: dict[Why, int] = {"demand": 7, "trace": 6, "ahead": 6, "rest": 1}
 comes first in a stock."""
 LEAST_AHEAD = 2
 """The priority of the end of a stock."""
+OWN_FIRST, OWN_NEXT = 4, 8
+"""How many pieces of one's part have the highest priority of those ahead, and how many one less; the rest has two
+less."""
+BROUGHT = 3
+"""The priority of what a neighbour has: lower than all of one's part, which only a seed has."""
+GIVEN_BACK = 0
+"""The priority of what is not to be asked for any more."""
 
 
 @dataclass
 class Asked:
-    """A piece that has been asked for: why, when, and with which priority."""
+    """A piece that has been asked for: why, when, and with which priority. `twice`: another is to bring it in, too."""
 
     why: Why
     since: float
     priority: int
+    twice: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,53 +93,6 @@ class Rest:
 REST_OFF = Rest()
 
 
-class Window:
-    """How many bytes may be under way: grows like a TCP connection that starts, until it is of no use, or others are
-    kept waiting (as in LEDBAT, RFC 6817)."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self.size = WINDOW_FIRST
-        self._piece = 0
-        self._best = 0.0
-        self._round, self._low = 0, math.inf
-        self._began = clock()
-        self._quickest, self._measured = math.inf, self._began
-
-    def restart(self) -> None:
-        """The window was not full: what comes now says nothing about it."""
-        self._round, self._low, self._began = 0, math.inf, self._clock()
-
-    def arrived(self, size: int, waited: float | None = None) -> None:
-        """`size` bytes came while the window was full; `waited`: seconds since they were asked for."""
-        now = self._clock()
-        self._piece = size
-        if waited is not None:
-            self._low = min(self._low, waited)
-            if waited < self._quickest or now - self._measured > FORGET:
-                self._quickest, self._measured = waited, now
-        self._round += size
-        if self._round < self.size:
-            return
-        rate, late = self._round / max(now - self._began, 1e-6), self._low - self._quickest
-        queue = max(QUEUE, self._quickest)
-        self.restart()
-        if rate > FASTER * self._best:
-            self._best = rate
-            if not late > queue:
-                self.size = min(2 * self.size, WINDOW_MOST)
-        elif rate < SLOWER * self._best:
-            self._best = rate / FASTER
-            self.size = max(self.size // 2, WINDOW_LEAST)
-        elif late > 2 * queue:
-            self.size = max(self.size // 2, WINDOW_LEAST)
-
-    @property
-    def far(self) -> bool:
-        """Whether pieces are longer on their way than the link takes to carry them."""
-        return self._best > 0 and FAR < self._quickest - self._piece / self._best < math.inf
-
-
 class Schedule:
     """Asks for pieces that nobody waits for.
 
@@ -157,7 +108,7 @@ class Schedule:
         clock: Callable[[], float] = time.monotonic,
         choose: Callable[[Sequence[int]], int] = random.choice,
     ) -> None:
-        self._neighbours = NOBODY
+        self._neighbours = self._found = NOBODY
         self._faults: Counter[bytes] = Counter()
         self._last = clock()
         self._choose = choose
@@ -168,6 +119,8 @@ class Schedule:
         self._came = 0
         self._rest = REST_OFF
         self._plans: list[deque[int]] = []
+        self._order: dict[int, int] = {}
+        """Of all pieces that were in a plan."""
         self._ahead: deque[int] = deque()
         self._next_rest = 0
         self._rest_since: float | None = None
@@ -179,6 +132,8 @@ class Schedule:
     def replay(self, pieces: Iterable[int]) -> deque[int]:
         """Fetch these in this order; `drop` what is returned to leave off."""
         plan = deque(pieces)
+        for piece in plan:
+            self._order.setdefault(piece, len(self._order))
         self._plans.append(plan)
         return plan
 
@@ -207,22 +162,73 @@ class Schedule:
 
     @neighbours.setter
     def neighbours(self, found: Neighbours) -> None:
-        self._neighbours = found.without(name for name, count in self._faults.items() if count >= FAULTS)
+        if found is not self._found:
+            self._found = found
+            self._rely()
+
+    def _rely(self) -> None:
+        self._neighbours = self._found.without(name for name, count in self._faults.items() if count >= FAULTS)
+        if self._neighbours.others:
+            self._divide()
 
     def left_to_others(self, piece: int) -> bool:
         """Whether somebody who waits for it may leave it to another machine for `PATIENCE` seconds."""
         neighbours = self._neighbours
         return (
             bool(neighbours.others)
-            and any(piece in plan for plan in self._plans)
-            and not neighbours.have(piece)
-            and neighbours.bringer(piece) != neighbours.me
+            and piece in self._order
+            and piece not in neighbours.brought
+            and not neighbours.mine(piece)
         )
 
     def let_down(self, piece: int) -> None:
         """It did not come from whom it was left to."""
         self._faults[self._neighbours.bringer(piece)] += 1
-        self.neighbours = self._neighbours
+        self._rely()
+
+    def _ours(self, piece: int) -> bool:
+        """Whether it may be asked for although nobody waits: nobody else is to bring it in."""
+        neighbours = self._neighbours
+        return not neighbours.others or piece in neighbours.brought or neighbours.mine(piece)
+
+    def _divide(self) -> None:
+        """Others are known now, or have something more: ask for this machine's part, and give back what isn't."""
+        brought, now = self._neighbours.brought, self._clock()
+        traced = [piece for piece, asked in self.asked.items() if asked.why == "trace"]
+        back = [piece for piece in traced if not self._ours(piece) and not self.asked[piece].twice]
+        for piece in back:
+            del self.asked[piece]
+            self._ask(piece, GIVEN_BACK)
+        if self._plans:
+            self._plans[0].extendleft(reversed(back))
+        for plan in self._plans:
+            head = [plan.popleft() for _ in range(min(len(plan), SHARE // self._piece_size))]
+            head = [piece for piece in head if not self._has(piece)]
+            soon = max(SOON // self._piece_size, 1)
+            taken = {
+                piece
+                for place, piece in enumerate(head)
+                if self._ours(piece) and (place < soon or piece not in brought)
+            }
+            plan.extendleft(piece for piece in reversed(head) if piece not in taken)
+            for piece in head:
+                if piece in taken:
+                    self.asked[piece] = Asked("trace", now, GIVEN_BACK)
+        own = [piece for piece, asked in self.asked.items() if asked.why == "trace" and piece not in brought]
+        own.sort(key=self._order.__getitem__)
+        priorities = {piece: self._own_priority(place) for place, piece in enumerate(own)}
+        for piece, asked in self.asked.items():
+            if asked.why == "trace":
+                self._prefer(piece, asked, priorities.get(piece, BROUGHT))
+
+    @staticmethod
+    def _own_priority(place: int) -> int:
+        return PRIORITIES["trace"] - (place >= OWN_FIRST) - (place >= OWN_FIRST + OWN_NEXT)
+
+    def _prefer(self, piece: int, asked: Asked, priority: int) -> None:
+        if asked.priority != priority:
+            asked.priority = priority
+            self._ask(piece, priority)
 
     # --- asking -------------------------------------------------------------------------------------
 
@@ -230,6 +236,7 @@ class Schedule:
         """Ask for as much as the window allows; `waiting`: somebody is blocked."""
         if waiting:
             self._busy = self._clock()
+        # (Among others, nothing is read ahead of what is not in the trace until one's part of it is here.)
         room = self._most - len(self.asked) * self._piece_size
         if not self.asked:
             self.window.restart()
@@ -240,7 +247,7 @@ class Schedule:
                 self.window.restart()
                 return
             piece, why = found
-            asked = Asked(why, self._clock(), self._priority(len(self.asked), piece, why))
+            asked = Asked(why, self._clock(), self._priority(len(self.asked), why), twice=not self._ours(piece))
             self.asked[piece] = asked
             room -= self._piece_size
             self._ask(piece, asked.priority)
@@ -252,16 +259,10 @@ class Schedule:
     @property
     def _most(self) -> int:
         """Bytes that may be asked for at a time."""
-        if self._neighbours.others:
-            # What is for this machine to bring in is wanted by all the others; the plan is not looked at further on.
-            return max(self.window.size, SPREAD)
         return max(self.window.size, STOCK) if self._stocking else self.window.size
 
-    def _priority(self, place: int, piece: int, why: Why) -> int:
+    def _priority(self, place: int, why: Why) -> int:
         """The priority of the piece that is asked for in that place."""
-        if self._neighbours.others and why == "trace":
-            # So the seed, which has all of them, is asked first for what only it has.
-            return PRIORITIES[why] - self._neighbours.have(piece)
         if why == "rest" or not self._stocking:
             return PRIORITIES[why]
         return max(PRIORITIES[why] - place * self._piece_size // STEP, LEAST_AHEAD)
@@ -272,10 +273,7 @@ class Schedule:
             return
         self._came = 0
         for place, (piece, asked) in enumerate(self.asked.items()):
-            priority = self._priority(place, piece, asked.why)
-            if asked.priority != priority:
-                asked.priority = priority
-                self._ask(piece, priority)
+            self._prefer(piece, asked, self._priority(place, asked.why))
 
     def arrived(self, piece: int) -> Why:
         """Why it was fetched. More may now be asked for: `pump`."""
@@ -304,7 +302,7 @@ class Schedule:
             if (piece := self._next_of_plan(plan)) is not None:
                 return piece, "trace"
         while self._ahead:
-            if not self._has(piece := self._ahead.popleft()):
+            if not self._has(piece := self._ahead.popleft()) and self._ours(piece):
                 return piece, "ahead"
         return self._next_of_rest()
 
@@ -314,17 +312,13 @@ class Schedule:
             plan.popleft()
         if not plan:
             return None
-        neighbours = self._neighbours
-        if not neighbours.others:
+        if not self._neighbours.others:
             return plan.popleft()
-        near = [piece for piece in islice(plan, max(SPREAD // self._piece_size, 1)) if not self._has(piece)]
-        me = neighbours.me
-        piece = next((each for each in near if neighbours.have(each) or neighbours.bringer(each) == me), None)
-        if piece is None and not self.asked and self._clock() - self._last > STEAL:
-            # Better twice than never.
-            piece = self._choose(near)
-        if piece is not None:
-            plan.remove(piece)
+        if self.asked or self._clock() - self._last < STEAL:
+            return None
+        # All the rest is for others to bring in. Better twice than never.
+        piece = self._choose(list(islice(plan, max(SOON // self._piece_size, 1))))
+        plan.remove(piece)
         return piece
 
     def _next_of_rest(self) -> tuple[int, Why] | None:

@@ -417,7 +417,7 @@ class TorrentSource:
         self._look_after_web()
         if not self._store.flushing and self._store.unflushed and self._store.since_flush() > FLUSH_EVERY:
             self._begin_flush()
-        if self.schedule.active:
+        if self.schedule.active or self._waiting:
             self.schedule.neighbours = self._membership.neighbours()
         self._look_after_what_was_left()
         if not self._waiting:

@@ -14,20 +14,21 @@ from hostos.errors import UserError
 from hostos.live.journal import Journal
 from hostos.live.neighbours import BUSY, NOBODY, Neighbour, Neighbours, Watch
 from hostos.live.schedule import (
+    BROUGHT,
     FAULTS,
+    GIVEN_BACK,
     LEAST_AHEAD,
+    OWN_FIRST,
     PRIORITIES,
-    SPREAD,
+    SHARE,
+    SOON,
     STEAL,
     STOCK,
-    WINDOW_FIRST,
-    WINDOW_LEAST,
-    WINDOW_MOST,
     Rest,
     Schedule,
-    Window,
 )
 from hostos.live.trace import MAX_TRACE, Range, Trace, Workload, pieces
+from hostos.live.window import WINDOW_FIRST, WINDOW_LEAST, WINDOW_MOST, Window
 
 SIZES = (1_000_000, 50_000)
 PIECE = 65536
@@ -193,23 +194,55 @@ def beside(*others: list[bool], busy: bool = True) -> Neighbours:
     return Neighbours(b"me", tuple(Neighbour(b"other %d" % number, each, busy) for number, each in enumerate(others)))
 
 
-def test_among_others_what_they_have_and_what_is_ours_to_bring_in() -> None:
+def test_among_others_all_of_our_part_is_asked_for_and_soon_what_they_have() -> None:
     made = Asked()
-    made.schedule.replay(range(100, 300))
-    neighbours = beside(having(0, 110, 250), having(103))
+    made.schedule.replay(range(100, 900))
+    soon, share = 100 + SOON // PIECE, 100 + SHARE // PIECE
+    neighbours = beside(having(0, 110, soon, 250), having(103))
     made.schedule.neighbours = neighbours
-    made.schedule.pump(waiting=True)
-    near = range(100, 100 + SPREAD // PIECE + len(made.asked))
-    assert {103, 110} < set(made.asked) < set(near)
     ours = set(made.asked) - {103, 110}
-    assert 10 < len(ours) < 40
-    assert all(neighbours.bringer(piece) == b"me" for piece in ours)
-    # So that the seed is asked for what only it has.
-    assert made.priorities[103] < min(made.priorities[piece] for piece in ours)
+    assert ours == {piece for piece in range(100, share) if neighbours.mine(piece)}
+    assert not ours & {soon, 250}
+    # So that the seed is asked for what only it has, and first for what comes first.
+    assert made.priorities[103] == made.priorities[110] == BROUGHT < min(made.priorities[piece] for piece in ours)
+    assert [made.priorities[piece] for piece in sorted(ours)] == sorted(
+        (made.priorities[p] for p in ours), reverse=True
+    )
+    assert sum(made.priorities[piece] == PRIORITIES["trace"] for piece in ours) == OWN_FIRST
+    # What has been brought meanwhile comes from there; what was far away is near some time.
+    first = min(ours)
+    for piece in range(100, 110):
+        made.here.add(piece)
+    made.schedule.neighbours = beside(having(0, 110, soon, 250, first), having(103, max(ours)))
+    assert made.priorities[max(ours)] == BROUGHT
+    assert made.priorities[soon] == BROUGHT
+    assert 250 not in made.asked
+
+
+def test_what_was_asked_for_is_given_back_when_its_bringer_turns_up() -> None:
+    made = Asked()
+    made.schedule.replay(range(100))
+    made.schedule.neighbours = beside(having())
+    two = {piece for piece in made.asked if made.priorities[piece] != GIVEN_BACK}
+    made.schedule.neighbours = three = beside(having(), having())
+    assert {piece for piece in two if made.priorities[piece] != GIVEN_BACK} == {
+        piece for piece in two if three.mine(piece)
+    }
+    # Those are not forgotten: alone again, they come in their order.
     made.schedule.neighbours = NOBODY
-    for piece in made.asked.copy():
+    for piece in [each for each in made.asked if made.priorities[each] != GIVEN_BACK]:
         made.come(piece)
-    assert set(range(100, 103)) <= set(made.asked)
+    assert set(made.asked) >= set(range(8))
+
+
+def test_read_ahead_is_shared_too() -> None:
+    made = Asked()
+    made.schedule.neighbours = neighbours = beside(having(5), having())
+    made.schedule.ahead(range(20))
+    made.schedule.pump(waiting=True)
+    for piece in made.asked:
+        made.come(piece)
+    assert set(made.asked) == {piece for piece in range(20) if neighbours.mine(piece) or piece == 5}
 
 
 def test_each_piece_has_one_bringer_whoever_is_asked() -> None:
