@@ -219,6 +219,29 @@ def test_among_others_all_of_our_part_is_asked_for_and_soon_what_they_have() -> 
     assert 250 not in made.asked
 
 
+def test_a_crowd_has_the_seed_send_everything_about_once() -> None:
+    names = [b"-HO0100-%012d" % number for number in range(5)]
+    crowd = dict(zip(names, (Asked() for _ in names), strict=True))
+    plan, sent = range(100, 300), 0
+    for each in crowd.values():
+        each.schedule.replay(plan)
+    while not all(each.here >= set(plan) for each in crowd.values()):
+        had = {name: having(*each.here) for name, each in crowd.items()}
+        for name, each in crowd.items():
+            each.clock.now += 0.05
+            others = tuple(Neighbour(other, had[other]) for other in names if other != name)
+            each.schedule.neighbours = found = Neighbours(name, others)
+            each.schedule.pump(waiting=True)
+            wanted = [piece for piece in each.priorities if each.priorities[piece] and piece not in each.here]
+            # Neighbours are quick; the seed sends to everybody in turn, first what has the highest priority.
+            for piece in [piece for piece in wanted if piece in found.brought][:4]:
+                each.come(piece)
+            if only_seed := [piece for piece in wanted if piece not in found.brought]:
+                each.come(max(only_seed, key=each.priorities.__getitem__))
+                sent += 1
+    assert sent < 1.05 * len(plan)
+
+
 def test_what_was_asked_for_is_given_back_when_its_bringer_turns_up() -> None:
     made = Asked()
     made.schedule.replay(range(100))
