@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import compress, count
 
-BUSY = 2.5
-"""Seconds since a neighbour last got something, or was first seen, for which it counts as fetching."""
+BUSY, NEW = 2.5, 0.6
+"""Seconds since a neighbour last got something for which it counts as fetching, and since it was first seen."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Neighbours:
         """Who is to bring the piece in, of those who fetch."""
         return _highest((self.me, *(each.name for each in self.others if each.busy)), piece)
 
+    @cached_property
+    def crowd(self) -> bool:
+        """Whether anybody else is fetching."""
+        return any(each.busy for each in self.others)
+
     def mine(self, piece: int) -> bool:
         """Whether this machine is to bring it in."""
         return piece not in self.brought and self.bringer(piece) == self.me
@@ -74,7 +79,8 @@ class Watch:
 
     def __init__(self, me: bytes, clock: Callable[[], float] = time.monotonic) -> None:
         self._me, self._clock = me, clock
-        self._seen: dict[bytes, tuple[int, float]] = {}
+        self._seen: dict[bytes, tuple[int, float, float]] = {}
+        """By name: how many pieces, since when, and for how long it then counts as fetching."""
 
     def look(self, peers: Iterable[tuple[bytes, Sequence[bool]]]) -> Neighbours:
         """`peers`: name and pieces of each that lacks something."""
@@ -82,8 +88,10 @@ class Watch:
         seen, others = {}, []
         for name, pieces in peers:
             number = sum(pieces)
-            before, since = self._seen.get(name, (number, now))
-            seen[name] = (number, now if number != before else since)
-            others.append(Neighbour(name, pieces, now - seen[name][1] < BUSY))
+            before, since, counts = self._seen.get(name, (number, now, NEW))
+            if number != before:
+                since, counts = now, BUSY
+            seen[name] = number, since, counts
+            others.append(Neighbour(name, pieces, now - since < counts))
         self._seen = seen
         return Neighbours(self._me, tuple(others))

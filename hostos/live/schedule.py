@@ -168,17 +168,14 @@ class Schedule:
 
     def _rely(self) -> None:
         self._neighbours = self._found.without(name for name, count in self._faults.items() if count >= FAULTS)
-        if self._neighbours.others:
+        if self._neighbours.crowd:
             self._divide()
 
     def left_to_others(self, piece: int) -> bool:
         """Whether somebody who waits for it may leave it to another machine for `PATIENCE` seconds."""
         neighbours = self._neighbours
         return (
-            bool(neighbours.others)
-            and piece in self._order
-            and piece not in neighbours.brought
-            and not neighbours.mine(piece)
+            neighbours.crowd and piece in self._order and piece not in neighbours.brought and not neighbours.mine(piece)
         )
 
     def let_down(self, piece: int) -> None:
@@ -189,7 +186,7 @@ class Schedule:
     def _ours(self, piece: int) -> bool:
         """Whether it may be asked for although nobody waits: nobody else is to bring it in."""
         neighbours = self._neighbours
-        return not neighbours.others or piece in neighbours.brought or neighbours.mine(piece)
+        return not neighbours.crowd or piece in neighbours.brought or neighbours.mine(piece)
 
     def _divide(self) -> None:
         """Others are known now, or have something more: ask for this machine's part, and give back what isn't."""
@@ -254,7 +251,7 @@ class Schedule:
 
     @property
     def _stocking(self) -> bool:
-        return self.window.far and not self._neighbours.others
+        return self.window.far and not self._neighbours.crowd
 
     @property
     def _most(self) -> int:
@@ -312,7 +309,7 @@ class Schedule:
             plan.popleft()
         if not plan:
             return None
-        if not self._neighbours.others:
+        if not self._neighbours.crowd:
             return plan.popleft()
         if self.asked or self._clock() - self._last < STEAL:
             return None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hostos.errors import UserError
 from hostos.live.journal import Journal
-from hostos.live.neighbours import BUSY, NOBODY, Neighbour, Neighbours, Watch
+from hostos.live.neighbours import BUSY, NEW, NOBODY, Neighbour, Neighbours, Watch
 from hostos.live.schedule import (
     BROUGHT,
     FAULTS,
@@ -282,9 +282,24 @@ def test_who_fetches_nothing_brings_nothing_in() -> None:
     assert {beside(having(), having(), busy=False).bringer(piece) for piece in range(50)} == {b"me"}
     watch = Watch(b"me", clock := Clock())
     assert watch.look([(b"a", having(1)), (b"b", having(1))]).others[0].busy
-    clock.now += BUSY + 0.1
-    idle, fetching = watch.look([(b"a", having(1)), (b"b", having(1, 2))]).others
-    assert (idle.busy, fetching.busy) == (False, True)
+    clock.now += NEW + 0.1
+    idle, fetching = (found := watch.look([(b"a", having(1)), (b"b", having(1, 2))])).others
+    assert (idle.busy, fetching.busy, found.crowd) == (False, True, True)
+    clock.now += NEW + 0.1
+    assert watch.look([(b"b", having(1, 2))]).crowd
+    clock.now += BUSY
+    assert not watch.look([(b"b", having(1, 2))]).crowd
+
+
+def test_beside_those_who_fetch_nothing_it_is_as_alone() -> None:
+    made, alone = Asked(), Asked()
+    for each in (made, alone):
+        each.schedule.replay(range(100))
+    made.schedule.neighbours = beside(having(3), having(), busy=False)
+    for each in (made, alone):
+        each.schedule.pump(waiting=True)
+    assert made.asked == alone.asked
+    assert not made.schedule.left_to_others(50)
 
 
 def test_what_somebody_waits_for_is_left_to_its_bringer_once() -> None:
