@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def measure(rounds: int, net: network.Link, target: Target, plain: Target, layer
                 with steps.step(f"beside btfs: {series.name} {number + 1}") as step:
                     began = time.monotonic()
                     with client(enter, target.work / "lazy") as (asked, _):
-                        series.samples.append(first_output(asked, enter, image.image, image.peer, None, began)[0])
+                        series.samples.append(first_output(asked, enter, replace(image, bundle=None), began)[0])
                     step.detail = f"{series.samples[-1]:.2f} s"
             with steps.step(f"btfs {number + 1}") as step:
                 peer.samples.append(_btfs(enter, magnet, target.work / "btfs"))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench import network
 from bench.harness import Comparison, Series
@@ -73,12 +73,11 @@ def _measure(rounds: int, net: network.Crowd, peer: str, case: Case, steps: Step
 
 
 def _together(count: int, net: network.Crowd, peer: str, case: Case) -> float:
-    names, target = net.clients[:count], case.target
+    names, target = net.clients[:count], replace(case.target, peer=peer)
     until = system_up if case.init else first_output
 
     def boot(asked: Client, name: str) -> float:
-        where = asked, net.enter(name), target.image, peer, target.bundle, began
-        return until(*where, swarm={"lan": case.lan})[0]
+        return until(asked, net.enter(name), target, began, swarm={"lan": case.lan})[0]
 
     with ExitStack() as stack, ThreadPoolExecutor(count) as pool:
         clients = [stack.enter_context(client(net.enter(name), target.work / name))[0] for name in names]

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import network
 from bench.harness import Comparison, Series
-from bench.live import PEER_SCRIPT, RATE_MBIT, Target, client, delayed, first_byte
+from bench.live import PEER_SCRIPT, RATE_MBIT, Target, boot, client, delayed, first_byte
 from hostos.live.client import Client
 from hostos.steps import Steps
 
@@ -72,26 +72,16 @@ def _lazy(net: network.Link, target: Target) -> tuple[float, int]:
     enter = net.enter(net.client)
     began = time.monotonic()
     with client(enter, target.work / "lazy") as (asked, _):
-        return system_up(asked, enter, target.image, target.peer, None, began)
+        seconds, _ = system_up(asked, enter, replace(target, bundle=None), began)
+        layers = asked.ask("timeline", name="bench")["layers"]
+        return seconds, sum(len(layer["read"]) * layer["piece_size"] for layer in layers)
 
 
 def system_up(
-    asked: Client,
-    enter: Sequence[str],
-    image: str,
-    peer: str,
-    bundle: dict[str, Any] | None,
-    began: float,
-    **settings: Any,
-) -> tuple[float, int]:
-    """(seconds since `began` until the init has started everything, bytes of the pieces read)."""
-    what = {"image": image, "peers": [peer], "bundle": bundle, "init": True, "command": [], **settings}
-    prepared = asked.ask("prepare", **what, name="bench")
-    started = time.monotonic()
-    seconds = started - began + until_ready([*enter, *prepared["argv"]])
-    asked.ask("release", name="bench")
-    layers = asked.ask("timeline", name="bench")["layers"]
-    return seconds, sum(len(layer["read"]) * layer["piece_size"] for layer in layers)
+    asked: Client, enter: Sequence[str], target: Target, began: float, **how: Any
+) -> tuple[float, dict[str, Any]]:
+    """Seconds since `began` until the init has started everything, and what the client said. `how`: see `boot`."""
+    return boot(asked, enter, target, began, until_ready, init=True, command=[], **how)
 
 
 def _without_start(seconds: float, enter: Sequence[str]) -> float:

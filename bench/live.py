@@ -85,11 +85,11 @@ def run(rounds: int, steps: Steps, only: Sequence[str] = ()) -> Path:
 
 @dataclass(frozen=True)
 class Target:
-    """What is booted: `bundle` is its metadata, `work` a directory for everything."""
+    """What is booted: `bundle` is its metadata (None: it comes from the peer), `work` a directory for everything."""
 
     image: str
     peer: str
-    bundle: dict[str, Any]
+    bundle: dict[str, Any] | None
     work: Path
 
 
@@ -188,9 +188,10 @@ def _native(
     full = Series("download everything, then boot")
     shares = []
     for number in range(rounds):
-        for series, booted, bundle in ((at_hand, target, target.bundle), (bare, target, None), (untraced, plain, None)):
+        unknown = replace(target, bundle=None), replace(plain, bundle=None)
+        for series, booted in ((at_hand, target), (bare, unknown[0]), (untraced, unknown[1])):
             with steps.step(f"{link}: {series.name} {number + 1}") as step:
-                seconds, share = _native_lazy(net, booted, bundle)
+                seconds, share = _native_lazy(net, booted)
                 series.samples.append(seconds)
                 shares.append(share)
                 step.detail = f"{seconds:.2f} s, {100 * share:.1f} % fetched"
@@ -205,32 +206,36 @@ def _native(
     return Comparison(title, full.name, [full, at_hand, bare, untraced], {at_hand.name: goals[0], bare.name: goals[1]})
 
 
-def _native_lazy(net: network.Link, target: Target, bundle: dict[str, Any] | None) -> tuple[float, float]:
+def _native_lazy(net: network.Link, target: Target) -> tuple[float, float]:
     """(seconds from starting the client to the first output, share of the image received)."""
     before = network.received(net.client)
     began = time.monotonic()
     with client(net.enter(net.client), target.work / "lazy") as (asked, _):
-        seconds, size = first_output(asked, net.enter(net.client), target.image, target.peer, bundle, began)
-    share = (network.received(net.client) - before) / size
+        seconds, prepared = first_output(asked, net.enter(net.client), target, began)
+    share = (network.received(net.client) - before) / prepared["size"]
     return seconds, share
 
 
 def first_output(
-    asked: Client,
-    enter: Sequence[str],
-    image: str,
-    peer: str,
-    bundle: dict[str, Any] | None,
-    began: float,
-    **settings: Any,
-) -> tuple[float, int]:
-    """Seconds since `began` to the first output of the container, and the image's size. `settings`: more for it."""
-    what = {"image": image, "peers": [peer], "bundle": bundle, "command": list(COMMAND), **settings}
-    prepared = asked.ask("prepare", **what, name="bench")
+    asked: Client, enter: Sequence[str], target: Target, began: float, **how: Any
+) -> tuple[float, dict[str, Any]]:
+    """Seconds since `began` to the first output of the container, and what the client said of it. `how`: see `boot`."""
+    return boot(asked, enter, target, began, first_byte, command=list(COMMAND), **how)
+
+
+def boot(
+    asked: Client, enter: Sequence[str], target: Target, began: float, run: Callable[[Sequence[str]], float], **how: Any
+) -> tuple[float, dict[str, Any]]:
+    """Seconds since `began` until what `run` waits for, and what the client said of the container.
+
+    `how`: what else it is told.
+    """
+    where = {"image": target.image, "peers": [target.peer], "bundle": target.bundle}
+    prepared = asked.ask("prepare", **where, **how, name="bench")
     started = time.monotonic()
-    seconds = started - began + first_byte([*enter, *prepared["argv"]])
+    seconds = started - began + run([*enter, *prepared["argv"]])
     asked.ask("release", name="bench")
-    return seconds, int(prepared["size"])
+    return seconds, prepared
 
 
 def cost(rounds: int, net: network.Link, target: Target, steps: Steps) -> list[Comparison]:
@@ -241,7 +246,7 @@ def cost(rounds: int, net: network.Link, target: Target, steps: Steps) -> list[C
     for number in range(rounds):
         with steps.step(f"cost {number + 1}") as step:
             with client(enter, target.work / "lazy") as (asked, process):
-                first_output(asked, enter, target.image, target.peer, target.bundle, time.monotonic())
+                first_output(asked, enter, target, time.monotonic())
                 times = psutil.Process(process.pid).cpu_times()
                 cpu.samples.append(times.user + times.system)
                 status = Path(f"/proc/{process.pid}/status").read_text()

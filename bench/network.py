@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -24,18 +24,19 @@ class Link:
 
     def shape(self, mbit: float | None) -> None:
         """Limit what the seed sends to `mbit` Mbit/s (None: not at all). The queue holds 50 ms."""
-        subprocess.run(_tc(self.seed, "del", []), stderr=subprocess.DEVNULL, check=False)
-        if mbit is not None:
-            limits = ["tbf", "rate", f"{mbit}mbit", "burst", "32k", "latency", "50ms"]
-            subprocess.run(_tc(self.seed, "add", limits), check=True)
+        _shape(self.seed, mbit)
 
     def enter(self, namespace: str) -> list[str]:
         """What to put before a command so that it runs there."""
         return ["nsenter", f"--net=/run/netns/{namespace}"]
 
 
-def _tc(namespace: str, action: str, words: Sequence[str]) -> list[str]:
-    return ["ip", "netns", "exec", namespace, "tc", "qdisc", action, "dev", "eth0", "root", *words]
+def _shape(namespace: str, mbit: float | None) -> None:
+    tc = ["ip", "netns", "exec", namespace, "tc", "qdisc"]
+    subprocess.run([*tc, "del", "dev", "eth0", "root"], stderr=subprocess.DEVNULL, check=False)
+    if mbit is not None:
+        limits = ["tbf", "rate", f"{mbit}mbit", "burst", "32k", "latency", "50ms"]
+        subprocess.run([*tc, "add", "dev", "eth0", "root", *limits], check=True)
 
 
 @contextmanager
@@ -81,11 +82,9 @@ class Crowd:
 
     def shape(self, seed: float | None, clients: float | None) -> None:
         """Limit what each of them sends, Mbit/s (None: not at all). The queue holds 50 ms."""
-        for name in (self.seed, *self.clients):
-            subprocess.run(_tc(name, "del", []), stderr=subprocess.DEVNULL, check=False)
-            if (mbit := seed if name == self.seed else clients) is not None:
-                limits = ["tbf", "rate", f"{mbit}mbit", "burst", "32k", "latency", "50ms"]
-                subprocess.run(_tc(name, "add", limits), check=True)
+        _shape(self.seed, seed)
+        for name in self.clients:
+            _shape(name, clients)
 
 
 @contextmanager

@@ -228,8 +228,11 @@ def push(reference: str, name_: str, peers: tuple[str, ...], days: int) -> None:
     """
     from hostos.image.store import Store
     from hostos.names import push as pushing
+    from hostos.names.book import Names
 
     found = Store().get(reference)
+    if Names().book().dht:
+        click.echo("signing it, and putting it into the DHT: up to a minute if nodes are gone", err=True)
     record, nodes = pushing.push(found.hash, name_, peers, days)
     click.echo(record.sequence)
     where = f"; {nodes} DHT nodes have it" if nodes else ""

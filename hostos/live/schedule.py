@@ -37,7 +37,7 @@ STEP = 384 * 1024
 """Bytes of the stock that have the same priority: the first are asked for first."""
 SHARE = 16 * 1024 * 1024
 """Bytes of a boot trace that are divided among those who fetch the same: each asks for all of its part. As long as
-some of it is left, libtorrent asks the seed, which has everything, for nothing that a neighbour could have sent."""
+some of it is left, libtorrent asks the seed, which has everything, for little that a neighbour could have sent."""
 SOON = 1024 * 1024
 """Bytes of it in which what others have brought is asked for. It comes quickly."""
 PATIENCE = 1.0
@@ -173,10 +173,7 @@ class Schedule:
 
     def left_to_others(self, piece: int) -> bool:
         """Whether somebody who waits for it may leave it to another machine for `PATIENCE` seconds."""
-        neighbours = self._neighbours
-        return (
-            neighbours.crowd and piece in self._order and piece not in neighbours.brought and not neighbours.mine(piece)
-        )
+        return piece in self._order and not self._ours(piece)
 
     def let_down(self, piece: int) -> None:
         """It did not come from whom it was left to."""
@@ -191,6 +188,7 @@ class Schedule:
     def _divide(self) -> None:
         """Others are known now, or have something more: ask for this machine's part, and give back what isn't."""
         brought, now = self._neighbours.brought, self._clock()
+        soon = max(SOON // self._piece_size, 1)
         traced = [piece for piece, asked in self.asked.items() if asked.why == "trace"]
         back = [piece for piece in traced if not self._ours(piece) and not self.asked[piece].twice]
         for piece in back:
@@ -201,16 +199,11 @@ class Schedule:
         for plan in self._plans:
             head = [plan.popleft() for _ in range(min(len(plan), SHARE // self._piece_size))]
             head = [piece for piece in head if not self._has(piece)]
-            soon = max(SOON // self._piece_size, 1)
-            taken = {
-                piece
-                for place, piece in enumerate(head)
-                if self._ours(piece) and (place < soon or piece not in brought)
-            }
-            plan.extendleft(piece for piece in reversed(head) if piece not in taken)
-            for piece in head:
-                if piece in taken:
+            for place, piece in enumerate(head):
+                if self._ours(piece) and (place < soon or piece not in brought):
                     self.asked[piece] = Asked("trace", now, GIVEN_BACK)
+            plan.extendleft(piece for piece in reversed(head) if piece not in self.asked)
+        # All of them are asked for here, once their order is known.
         own = [piece for piece, asked in self.asked.items() if asked.why == "trace" and piece not in brought]
         own.sort(key=self._order.__getitem__)
         priorities = {piece: self._own_priority(place) for place, piece in enumerate(own)}
