@@ -118,7 +118,7 @@ class Archive:
             self._write(self.release / name, data)
             directory = (self.release / name).parent
             self._write(directory / "by-hash/SHA256" / hashlib.sha256(data).hexdigest(), data)
-        date = time.time() - age
+        date = self._now() - age
         lines = [
             f"Origin: Test\nSuite: {self.suite.strip('./') or 'flat'}\nCodename: test",
             f"Date: {formatdate(date, usegmt=True)}",
@@ -138,6 +138,15 @@ class Archive:
             if signed:
                 self._write(self.release / "Release.gpg", self.keyring.detached(release, key))
         os.utime(self.release / ("InRelease" if inline else "Release"), (date, date))
+
+    _published: float = 0.0
+
+    def _now(self) -> float:
+        """The date of this edition, in another second than the last one's: HTTP's dates are of whole seconds,
+        so that who asks whether it has changed since would else hear that it has not."""
+        time.sleep(max(0.0, int(self._published) + 1 - time.time()))
+        self._published = time.time()
+        return self._published
 
     more: dict[str, bytes] = field(default_factory=dict)
     """Further indexes: path below the Release -> content."""
