@@ -20,6 +20,7 @@ from hostos.build.debian_archive import Archive
 from hostos.errors import failure
 from hostos.machine import os_image
 from hostos.machine.identity import combine_initrd
+from hostos.machine.options import DEFAULT_MEMORY_MIB
 from hostos.steps import Steps
 
 PACKAGE = "linux-image-cloud-amd64"
@@ -44,12 +45,12 @@ def make(ours: os_image.OsImage, target: Path, steps: Steps) -> Path:
         version = kernel.name.removeprefix("vmlinuz-")
         target.mkdir(parents=True)
         shutil.copy(kernel, target / "bzImage")
-        combine_initrd(ours.initrd(), _modules(Path(scratch), version), target / "initrd.lz4")
+        combine_initrd(ours.initrd(DEFAULT_MEMORY_MIB), _modules(Path(scratch), version), target / "initrd.gz")
         manifest = json.loads((ours.directory / os_image.MANIFEST).read_text())
         manifest |= {"profile": "cloud-kernel", "kernel_version": version}
         manifest["files"] = {
             name: {"size": (target / name).stat().st_size, "sha256": digest(target / name)}
-            for name in ("bzImage", "initrd.lz4")
+            for name in ("bzImage", "initrd.gz")
         }
         # The port on which our guest says that its network is up needs another driver: SSH is probed.
         del manifest["announces"]

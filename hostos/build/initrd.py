@@ -11,7 +11,6 @@ from pathlib import Path
 from hostos import __version__
 from hostos.build import tree as trees
 from hostos.build.profile import Profile
-from hostos.build.run import require, run
 from hostos.build.tree import Tree
 from hostos.cpio import Entry, write_newc
 
@@ -124,20 +123,12 @@ def pack(tree: Tree, out: Path) -> int:
     return sum(-(-len(entry.data) // page) * page for entry in entries if stat.S_ISREG(entry.mode))
 
 
-def compress(cpio: Path, directory: Path) -> dict[str, Path]:
-    """`initrd.gz` for every boot loader, `initrd.lz4` for the launcher (it unpacks faster in an
-    emulated machine). The lz4 is the legacy frame format, the one the kernel reads."""
-    require("lz4")
-    gz, lz4 = directory / "initrd.gz", directory / "initrd.lz4"
+def compress(cpio: Path, gz: Path) -> None:
+    """`cpio` as a gzip file."""
     # No name and no time in the header: https://www.rfc-editor.org/rfc/rfc1952
     with cpio.open("rb") as source, gz.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as sink:
         while block := source.read(1 << 20):
             sink.write(block)
-    lz4.unlink(missing_ok=True)
-    run(["lz4", "-l", "-9", "-q", cpio, lz4])
-    # What is appended to an initrd must start at a multiple of four. The lz4 frame also needs an end:
-    # the kernel takes four zero bytes for it (lib/decompress_unlz4.c).
-    for path, end in ((gz, 0), (lz4, 4)):
-        with path.open("ab") as file:
-            file.write(bytes(end + -path.stat().st_size % 4))
-    return {"initrd.gz": gz, "initrd.lz4": lz4}
+    # What is appended to an initrd must start at a multiple of four.
+    with gz.open("ab") as file:
+        file.write(bytes(-gz.stat().st_size % 4))

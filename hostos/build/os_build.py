@@ -60,11 +60,9 @@ def build(profile: Profile, engine: Engine, steps: Steps, dist: Path) -> Os:
         else:
             step.progress("packing")
             with cache.create("initrd", key) as result:
-                archive = result / "initrd.cpio"
-                unpacked = initrd.pack(tree, archive)
+                unpacked = initrd.pack(tree, result / "initrd.cpio")
                 step.progress("compressing")
-                initrd.compress(archive, result)
-                archive.unlink()
+                initrd.compress(result / "initrd.cpio", result / "initrd.gz")
                 (result / "unpacked").write_text(str(unpacked))
             packed = cache.find("initrd", key)
             assert packed is not None
@@ -94,7 +92,7 @@ def _write_dist(profile: Profile, engine: str, built: Built, packed: Path, dist:
         for name, source in (
             *kernel_files(profile.arch, built),
             ("initrd.gz", packed / "initrd.gz"),
-            ("initrd.lz4", packed / "initrd.lz4"),
+            ("initrd.cpio", packed / "initrd.cpio"),
         ):
             shutil.copyfile(source, partial / name)
         if profile.arch == "aarch64":

@@ -91,7 +91,7 @@ def _make(config: Config, image: OsImage, key: str, undo: contextlib.ExitStack, 
     assert config.ram is not None
     began = time.monotonic()
     with steps.step("template booted"):
-        combine_initrd(image.initrd(), template.archive(), config.initrd)
+        combine_initrd(image.initrd(config.memory_mib), template.archive(), config.initrd)
         config.ram.file.touch(0o600)
         log = directory / "qemu.log"
         process = spawn(qemu.command(config), log)

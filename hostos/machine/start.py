@@ -171,7 +171,7 @@ def make_files(instance: Instance, plan: Plan, *, dry: bool = False) -> Identity
     if root.wanted(plan.options):
         image = root.archive(plan.options, own_address=plan.config.net.own_address, start=not dry)
     archive = instance_archive(identity, plan.hostname, plan.keys, mounts, image)
-    combine_initrd(plan.image.initrd(), archive, instance.initrd)
+    combine_initrd(plan.image.initrd(plan.config.memory_mib), archive, instance.initrd)
     if plan.config.disk is not None:
         prepare(plan.config.disk)
     write_ssh_config(instance, identity, plan.ssh_port)

@@ -107,7 +107,7 @@ def key_of(config: Config, image: OsImage) -> str:
         "archive": hashlib.sha256(archive()).hexdigest(),
         "qemu": digests.of(config.binary.resolve()),
         "kernel": digests.of(config.kernel),
-        "initrd": digests.of(image.initrd()),
+        "initrd": digests.of(image.initrd(config.memory_mib)),
     }
     digests.keep()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hostos.build import bytecode, cache, elf, kconfig
+from hostos.build import bytecode, cache, elf, kconfig, load_order
 from hostos.build import tree as trees
 from hostos.build.engines import (
     Built,
@@ -315,7 +315,7 @@ class BuildrootEngine:
 
     def _key(self, profile: Profile, source: Source, toolchain: Toolchain) -> str:
         modules = [sys.modules[__name__], buildroot_config, buildroot_kernel, buildroot_tree, buildroot_toolchain]
-        modules += [trees, elf, bytecode]
+        modules += [trees, elf, load_order, bytecode]
         return cache.digest(
             {
                 "source": source.provenance,

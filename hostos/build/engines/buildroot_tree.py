@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from posixpath import basename, dirname
 
-from hostos.build import bytecode, elf
+from hostos.build import bytecode, elf, load_order
 from hostos.build import tree as trees
 from hostos.build.engines.buildroot_config import EXTERNAL
 from hostos.build.profile import Profile
@@ -74,6 +74,7 @@ def collect(tar: Path, profile: Profile, busybox_links: str) -> Tree:
     kept = [name for feature in profile.features for name in feature.debian.libraries]
     for path in elf.unneeded_libraries(tree, kept):
         del tree.entries[path]
+    load_order.unify(tree)
     _remove_empty_directories(tree)
     return tree
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from posixpath import basename, dirname
 
-from hostos.build import bytecode, cache, elf, kernel, lock
+from hostos.build import bytecode, cache, elf, kernel, load_order, lock
 from hostos.build import tree as trees
 from hostos.build.engines import Built, Component
 from hostos.build.lock import Locked
@@ -74,7 +74,7 @@ def root_tree(profile: Profile, obtained: Locked, step: Step) -> Tree:
             "packages": [package.sha256 for package in obtained.lock.root],
             "features": [feature.file.read_text() for feature in profile.features],
             "arch": profile.arch,
-            "code": cache.code_digest(sys.modules[__name__], trees, elf, bytecode),
+            "code": cache.code_digest(sys.modules[__name__], trees, elf, load_order, bytecode),
         }
     )
     if found := cache.find("root", key):
@@ -104,6 +104,7 @@ def root_tree(profile: Profile, obtained: Locked, step: Step) -> Tree:
     kept = [name for feature in profile.features for name in feature.debian.libraries]
     for path in elf.unneeded_libraries(tree, kept):
         del tree.entries[path]
+    load_order.unify(tree)
     _remove_empty_directories(tree)
     with cache.create("root", key) as result:
         (result / "tree.pickle").write_bytes(pickle.dumps(tree.entries))

@@ -27,7 +27,7 @@ KERNEL = b"MZ" + bytes(0x3A) + (0x40).to_bytes(4, "little") + b"PE\0\0" + bytes(
 def metal(tmp_path: Path) -> OsImage:
     directory = tmp_path / "metal-x86_64"
     directory.mkdir()
-    contents = {"bzImage": KERNEL, "vmlinux": b"elf", "initrd.gz": bytes(200_000), "initrd.lz4": b"lz4!"}
+    contents = {"bzImage": KERNEL, "vmlinux": b"elf", "initrd.gz": bytes(200_000), "initrd.cpio": b"cpio"}
     for name, data in contents.items():
         (directory / name).write_bytes(data)
     facts = {

@@ -25,7 +25,7 @@ def make_os(tmp_path: Path) -> Callable[..., Path]:
     def make(directory: Path | None = None, **changes: Any) -> Path:
         directory = directory or tmp_path / "os"
         directory.mkdir(parents=True, exist_ok=True)
-        contents = {"bzImage": b"bz", "vmlinux": b"elf-kernel", "initrd.gz": b"gz", "initrd.lz4": b"lz4!"}
+        contents = {"bzImage": b"bz", "vmlinux": b"elf-kernel", "initrd.gz": b"gz", "initrd.cpio": b"cpio"}
         for name, data in contents.items():
             (directory / name).write_bytes(data)
         manifest: dict[str, Any] = {

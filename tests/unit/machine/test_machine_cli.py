@@ -127,7 +127,7 @@ def test_dry_run_prints_the_command_and_makes_its_files(hostos: Run, home: Path,
     append = command[command.index("-append") + 1]
     assert append.startswith("console=ttyS0 quiet hostos.hostname=default norandmaps lpj=25000000 hostos.ssh_key=c3No")
     directory = home / "state" / "machines" / "default"
-    assert (directory / "initrd").read_bytes().startswith(b"lz4!\0\0\0\0")
+    assert (directory / "initrd").read_bytes().startswith(b"cpio\0\0\0\0")
     # What was asked for is not remembered, and nothing says that a machine was started.
     assert not (directory / "config.json").exists()
     assert not (directory / "run.json").exists()

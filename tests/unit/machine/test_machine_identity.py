@@ -88,7 +88,7 @@ def test_the_archive_holds_the_contract(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", range(8))
 def test_archives_are_kept_apart_and_aligned(tmp_path: Path, length: int) -> None:
-    os_initrd = tmp_path / "initrd.lz4"
+    os_initrd = tmp_path / "initrd.gz"
     os_initrd.write_bytes(b"\xff" * length)
     out = io.BytesIO()
     cpio.write_newc([cpio.file("f", b"x")], out)

@@ -20,18 +20,30 @@ def test_what_is_booted(make_os: MakeOs) -> None:
     image = load(make_os())
     assert image.kernel("tcg").name == "vmlinux"
     assert image.kernel("kvm").name == "bzImage"
-    assert image.initrd().name == "initrd.lz4"
+    assert image.initrd(1024).name == "initrd.cpio"
     assert image.cmdline == "console=ttyS0 quiet"
+
+
+def test_a_small_machine_has_no_room_for_the_archive_beside_its_files(make_os: MakeOs) -> None:
+    directory = make_os()
+    with (directory / "initrd.cpio").open("wb") as file:
+        file.truncate(70 << 20)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["files"]["initrd.cpio"]["size"] = 70 << 20
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    image = load(directory)
+    assert image.initrd(160 + 70).name == "initrd.cpio"
+    assert image.initrd(160 + 69).name == image.initrd(160).name == "initrd.gz"
 
 
 def test_without_the_fast_files_the_plain_ones_are_booted(make_os: MakeOs) -> None:
     sizes = {"bzImage": {"size": 2}, "initrd.gz": {"size": 2}}
     image = load(make_os(files=sizes))
     assert image.kernel("tcg").name == "bzImage"
-    assert image.initrd().name == "initrd.gz"
+    assert image.initrd(1024).name == "initrd.gz"
 
 
-@pytest.mark.parametrize("name", ["bzImage", "initrd.lz4"])
+@pytest.mark.parametrize("name", ["bzImage", "initrd.cpio"])
 def test_half_built_directories_are_refused(make_os: MakeOs, name: str) -> None:
     directory = make_os()
     with (directory / name).open("ab") as stream:

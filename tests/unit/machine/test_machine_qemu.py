@@ -33,7 +33,7 @@ CONFIG = Config(
 
 EXPECTED = """
 /usr/bin/qemu-system-x86_64 -name hostos-box -nodefaults -no-user-config -display none
--machine q35 -m 512M -accel tcg,thread=multi -cpu max -smp 2
+-machine q35 -m 512M -accel tcg,thread=multi -cpu max,-erms -smp 2
 -kernel /os/vmlinux -initrd /m/initrd -append 'console=ttyS0 hostos.hostname=box'
 -netdev user,id=net0,hostfwd=tcp:127.0.0.1:4022-:22,hostfwd=udp:127.0.0.1:6999-:6881
 -device virtio-net-pci,netdev=net0,mac=52:54:00:01:02:03,romfile=
