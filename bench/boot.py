@@ -29,7 +29,8 @@ from hostos.machine import os_image, template
 from hostos.paths import cache_dir
 from hostos.steps import Steps
 
-DEADLINE_S = 300.0
+DEADLINE_S = 150.0
+TRIES = 3
 
 
 def run(rounds: int, steps: Steps) -> Path:
@@ -60,7 +61,7 @@ def run(rounds: int, steps: Steps) -> Path:
         for number in range(rounds):
             for series, measure in sides:
                 with steps.step(f"{series.name}, {number + 1}") as step:
-                    series.samples.append(measure())
+                    series.samples.append(_peer(measure, series))
                     step.detail = f"{series.samples[-1]:.2f} s"
             with steps.step(f"hostos {number + 1}") as step:
                 seconds, system_is_up, _ = hostos.up("--cold")
@@ -152,6 +153,15 @@ def _debvm_image(work: Path, key: Path) -> Path:
         partial.rename(template)
     shutil.copy(identity, work / "debvm-key")
     return Path(shutil.copy(template, work / "debvm.ext4"))
+
+
+def _peer(measure: Callable[[], float], series: Series) -> float:
+    """What it measures. Debian's cloud kernel hangs in one of some six emulated starts (QEMU 7.2): noted, and tried again."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(UserError):
+            return measure()
+        series.notes["starts that hung"] = series.notes.get("starts that hung", 0) + 1
+    return measure()
 
 
 def _debvm(work: Path, image: Path) -> float:
