@@ -156,7 +156,7 @@ def _debvm_image(work: Path, key: Path) -> Path:
 
 
 def _peer(measure: Callable[[], float], series: Series) -> float:
-    """What it measures. Debian's cloud kernel hangs in one of some six emulated starts (QEMU 7.2): noted, and tried again."""
+    """What it measures. debvm's machine hung in two of nine emulated starts (QEMU 7.2): noted, and tried again."""
     for _ in range(TRIES - 1):
         with contextlib.suppress(UserError):
             return measure()
