@@ -1,12 +1,13 @@
 """One order in which all programs load their shared libraries, so that each comes to lie where it always does.
 
-An emulator translates code by its virtual address (QEMU up to 7.2; later ones by its place in a page): a libc that lies
-elsewhere in every program is translated for every program anew. Without address space randomisation a library's
+An emulator translates code by its virtual address (QEMU up to 7.2; from 8.0 on by its place in memory): a libc that
+lies elsewhere in every program is translated for every program anew. Without address space randomisation a library's
 place follows from what the dynamic linker has mapped before it: first the program's own DT_NEEDED, in their order
 (ld.so(8), "breadth-first"). In Debian's programs that is the order in which they were linked. Here the libraries
 that most programs need come first.
 
-It changes which library a symbol is looked up in first where two define it, which none of the tree's do.
+It changes which library a symbol is looked up in first where two define it. In the programs of the default profile that
+are four, which libc and libm share: copysign, frexp, ldexp, modf.
 """
 
 from __future__ import annotations
