@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.harness import Comparison, Series, machine, publish
+from bench.harness import Comparison, Series, prepare, publish
 from hostos.errors import UserError, failure
 from hostos.machine import os_image, template
 from hostos.steps import Steps
@@ -22,7 +22,7 @@ _FILES = {"x86_64": ("bzImage", "initrd.gz"), "aarch64": ("Image.gz", "initrd.gz
 def run(rounds: int, steps: Steps) -> Path:
     """Boot each `rounds` times and publish. Raises `UserError` when a build is missing."""
     images = {arch: os_image.find(None, arch=arch) for arch in os_image.ARCHITECTURES}
-    before = machine()
+    before = prepare()
     ssh = {arch: Series(f"{arch}, to SSH") for arch in images}
     whole = {arch: Series(f"{arch}, whole command") for arch in images}
     with tempfile.TemporaryDirectory(prefix="hostos-bench-") as scratch:

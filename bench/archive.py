@@ -139,8 +139,6 @@ class Archive:
                 self._write(self.release / "Release.gpg", self.keyring.detached(release, key))
         os.utime(self.release / ("InRelease" if inline else "Release"), (date, date))
 
-    _published: float = 0.0
-
     def _now(self) -> float:
         """The date of this edition, in another second than the last one's: HTTP's dates are of whole seconds,
         so that who asks whether it has changed since would else hear that it has not."""
@@ -150,6 +148,7 @@ class Archive:
 
     more: dict[str, bytes] = field(default_factory=dict)
     """Further indexes: path below the Release -> content."""
+    _published: float = field(default=0.0, init=False)
 
     @staticmethod
     def _write(path: Path, data: bytes) -> None:

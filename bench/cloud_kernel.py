@@ -45,6 +45,7 @@ def make(ours: os_image.OsImage, target: Path, steps: Steps) -> Path:
         version = kernel.name.removeprefix("vmlinuz-")
         target.mkdir(parents=True)
         shutil.copy(kernel, target / "bzImage")
+        # Whatever its form: by that name the launcher takes it in any case.
         combine_initrd(ours.initrd(DEFAULT_MEMORY_MIB), _modules(Path(scratch), version), target / "initrd.gz")
         manifest = json.loads((ours.directory / os_image.MANIFEST).read_text())
         manifest |= {"profile": "cloud-kernel", "kernel_version": version}

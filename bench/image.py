@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import network, oci_layout, root_start
-from bench.harness import Comparison, Series, chosen, machine, publish
+from bench.harness import Comparison, Series, chosen, prepare, publish
 from bench.live import PROGRAM, client, seed
 from hostos.errors import UserError, failure
 from hostos.image.pack import BLOCK_SIZE, LEVEL
@@ -43,7 +43,7 @@ def run(rounds: int, steps: Steps, only: Sequence[str] = ()) -> Path:
             raise UserError(f"{program} is needed to compare with", f"apt-get install {package}")
     parts = {"packing": packing, "import": importing, "children": children, "root": root}
     wanted = chosen(only, parts)
-    before = machine()
+    before = prepare()
     comparisons = []
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostos-bench-", dir="/var/tmp")))

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import psutil
 
 from bench import network
-from bench.harness import Comparison, Series, chosen, machine, publish
+from bench.harness import Comparison, Series, chosen, prepare, publish
 from hostos.errors import failure
 from hostos.image import retrace
 from hostos.image.recording import Recording, from_reads
@@ -52,7 +52,7 @@ def run(rounds: int, steps: Steps, only: Sequence[str] = ()) -> Path:
     from bench import btfs, crowd, init_target, live_guest
 
     parts = chosen(only, PARTS)
-    before = machine()
+    before = prepare()
     comparisons = []
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostos-bench-", dir="/var/tmp")))

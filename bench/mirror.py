@@ -26,7 +26,7 @@ from typing import Any
 from aiohttp import web
 
 from bench.archive import Archive, Keyring
-from bench.harness import Comparison, Series, machine, publish
+from bench.harness import Comparison, Series, prepare, publish
 from hostos.errors import UserError, failure
 from hostos.mirror.upstreams import Apt, Upstreams, save
 from hostos.steps import Steps
@@ -51,7 +51,7 @@ def run(rounds: int, steps: Steps, large: int = 0) -> Path:
 
     Raises `UserError` without root, apt or apt-cacher-ng, or when a side fails.
     """
-    before = machine()
+    before = prepare()
     _check()
     direct, miss, peer = (
         Series("apt, directly from the mirror"),

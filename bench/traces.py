@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bench import network
-from bench.harness import Comparison, Series, machine, publish
+from bench.harness import Comparison, Series, prepare, publish
 from bench.live import client, publish_image, seed, timed, trace
 from hostos.image.store import Store
 from hostos.steps import Steps
@@ -27,7 +27,7 @@ COMMAND = ("sh", "-c", f"echo first; {WORK} 2>&1")
 
 def run(rounds: int, steps: Steps) -> Path:
     """Measure and publish. Raises `UserError` without root, or when a side fails."""
-    before = machine()
+    before = prepare()
     comparisons = []
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostos-bench-", dir="/var/tmp")))

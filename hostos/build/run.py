@@ -30,7 +30,6 @@ PACKAGES = {
     "grub-mkimage": "grub-common",
     "ld": "build-essential",
     "ldconfig": "libc-bin",
-    "lz4": "lz4",
     "make": "build-essential",
     "mcopy": "mtools",
     "mformat": "mtools",
